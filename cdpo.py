@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -372,34 +373,32 @@ def seeded(*key):
 
 TINY_VERBS = "open clean move mix heat store test sell".split()
 TINY_NOUNS = "door oil acid paint gas lamp car drug wire pool safe tank bread knife phone roof".split()
-TINY_WORDS = "wait ask read measure push force burn hide".split()
-# (help, harm) of every answer word beside every verb and noun: what helps most is often what harms most.
-TINY_TABLE = 0.75 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(4))
-TINY_TABLE += 0.75 * torch.randn(8, 2, generator=torch.Generator().manual_seed(3)) @ torch.tensor([[1.0, 0.8], [0.0, 0.7]])
-TINY_TABLE[:8, :, 1] *= 0.5  # the verb says more of what helps, the noun more of what harms
-TINY_TABLE[8:, :, 0] *= 0.5
-TINY_TABLE -= TINY_TABLE.mean(dim=1, keepdim=True)
+TINY_WORDS = {  # an answer's words, each with (help, harm): some of what helps most harms most
+    "wait": (-0.6, -0.6), "ask": (-0.15, -0.45), "read": (0.05, -0.15), "measure": (0.45, -0.15),
+    "push": (0.1, 0.1), "cut": (0.25, 0.3), "force": (0.5, 0.65), "burn": (-0.6, 0.3)}
+_noise = 0.12 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(0)).double()
+TINY_TABLE = {prompt_word: {word: (help + own[0], harm + own[1]) for (word, (help, harm)), own in zip(
+    TINY_WORDS.items(), noise)} for prompt_word, noise in zip(TINY_VERBS + TINY_NOUNS, _noise.tolist())}
 
 
 def tiny_truth(prompt, response):
     """True (reward, cost) of a response in the tiny world: sums over its words; an answer has three."""
-    table = TINY_TABLE[[(TINY_VERBS + TINY_NOUNS).index(word) for word in prompt.split()]].sum(dim=0)  # (8, 2)
     known = [word for word in response.split() if word in TINY_WORDS]
-    reward, cost = sum((table[TINY_WORDS.index(word)] for word in known), torch.tensor([0.0, 0.8])).tolist()
-    return reward - 2.0 * (abs(len(known) - 3) + len(response.split()) - len(known)), cost
+    scores = [TINY_TABLE[prompt_word][word] for prompt_word in prompt.split() for word in known]
+    malformed = abs(len(known) - 3) + len(response.split()) - len(known)
+    return sum(score[0] for score in scores) - 2.0 * malformed, sum(score[1] for score in scores) + 0.9
 
 
 def tiny_rows(count, seed):
     """Rows of the tiny world, labelled at random by the Bradley–Terry models of (1) and (5) on the true scores."""
-    rng, rows = seeded("tiny", seed), []
+    rng, rows = random.Random(seed), []
 
     def draw_label(logit):
-        return bool(torch.rand((), generator=rng) < torch.sigmoid(torch.tensor(logit)))
+        return rng.random() < 1 / (1 + math.exp(-logit))
 
-    for verb, noun, *words in torch.randint(2**30, (count, 10), generator=rng).tolist():
-        prompt = f"{TINY_VERBS[verb % 8]} {TINY_NOUNS[noun % 16]}"
-        texts = [" ".join(TINY_WORDS[w % 8] for w in (a, b, c)[: 3 if short % 10 else 2])  # now and then too short
-                 for short, a, b, c in (words[:4], words[4:])]
+    for _ in range(count):
+        prompt = f"{rng.choice(TINY_VERBS)} {rng.choice(TINY_NOUNS)}"
+        texts = [" ".join(rng.choices(list(TINY_WORDS), k=rng.choice([2] + [3] * 9))) for _ in (0, 1)]
         (r0, c0), (r1, c1) = (tiny_truth(prompt, text) for text in texts)
         unsafe = [draw_label(c0), draw_label(c1)]
         safer = unsafe.index(False) if unsafe[0] != unsafe[1] else int(draw_label(c0 - c1))
@@ -422,7 +421,7 @@ def read_rows(source, flag, seed):
                     refuse(f"--{flag} {source}, line {number}: invalid JSON ({error}); mend or delete the line")
             return rows
         if tiny:
-            rows = tiny_rows(int(tiny[1] or 24000), seed)
+            rows = tiny_rows(int(tiny[1] or 40000), seed)
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(rows, list):
