@@ -55,9 +55,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Settings
-
 
 def opt(default, text):
     """A field of Config with its line of --help."""
@@ -92,12 +91,12 @@ class Config:
     max_new_tokens: int = opt(256, "tokens of a sampled response, at most")
     # The method
     beta: float = opt(0.1, "strength of the KL to the reference")
-    labels: Literal["soft", "sample", "hard"] = opt("soft", "labels of (12): their probability, a draw, the likelier")
+    labels: Literal["soft", "sample", "hard"] = opt("soft", "labels of (12): their mean, a draw, the likelier")
     cost_limit: float = opt(0.0, "C_limit: the expected cost may not exceed it")
     margin: Optional[float] = opt(None, "state the limit as E_ref[cost] − margin instead")
     cost_confidence: float = opt(0.5, "confidence level at which the cost is under the limit; 0.5 is the mean")
     lambda_init: Optional[float] = opt(None, "first λ; default: closed form, on samples of the reference")
-    lambda_step: Literal["newton", "gradient", "fixed"] = opt("newton", "how λ moves; the paper's is gradient, (14)")
+    lambda_step: Literal["newton", "gradient", "fixed"] = opt("newton", "how λ moves; (14) is gradient")
     lambda_lr: float = opt(0.05, "step size of the gradient step; 0 fixes λ")
     lambda_prompts: int = opt(500, "held-out prompts on which the cost is estimated for the step of λ")
     lambda_samples: int = opt(4, "responses per prompt there")
@@ -127,23 +126,20 @@ class Config:
     sample_batch: int = opt(128, "responses sampled at once")
     compare: list[str] = opt([], "further checkpoints to evaluate as rows of the same table")
 
-
 # Settings that extend a run instead of contradicting it, or that do not touch its numbers.
-EXTENDING = set("iterations compare lambdas eval_prompts eval_samples eval_dataset overwrite output_dir save_minutes "
-                "no_checkpoint".split())
+EXTENDING = ("iterations compare lambdas eval_prompts eval_samples eval_dataset overwrite output_dir "
+             "save_minutes no_checkpoint").split()
 BOUNDS = {  # lowest value: the settings it holds for
-    1: "max_new_tokens lambda_samples iterations dpo_steps dual_prompts batch_size tokens_per_batch epochs max_steps "
-       "eval_samples sample_batch",
+    1: "max_new_tokens lambda_samples iterations dpo_steps dual_prompts batch_size tokens_per_batch epochs "
+       "max_steps eval_samples sample_batch",
     0: "seed lambda_init lambda_lr lambdas", 2: "lambda_prompts eval_prompts dual_samples", 4: "max_length",
     1e-12: "beta learning_rate sft_learning_rate score_learning_rate save_minutes", 0.5: "cost_confidence"}
-
 
 def refuse(message):
     """One line on standard error that says what, where and how to mend it; exit code 2."""
     if int(os.environ.get("RANK", 0)) == 0:
         print("cdpo: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
-
 
 def flags_of(path):
     """The settings of a JSON file as flags, so that one parser checks the names and types of both."""
@@ -160,7 +156,6 @@ def flags_of(path):
         elif value is not None:
             flags.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
     return flags
-
 
 def parse(argv):
     """Command line → Config. Flags win over --config; every value is checked before anything is loaded."""
@@ -180,7 +175,7 @@ def parse(argv):
         low = next((low for low, names in BOUNDS.items() if name in names.split()), -math.inf)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not (low <= number < math.inf):
-                refuse(f"--{name} is {number}; it must be " + ("above 0" if low == 1e-12 else f"at least {low}, finite"))
+                refuse(f"--{name} is {number}; it must be {'above 0' if low == 1e-12 else f'at least {low}, finite'}")
         if value == "":
             refuse(f"--{name} is empty; give a value or leave it out")
     closed_form = cfg.method in ("mocan", "pecan")
@@ -207,15 +202,13 @@ def parse(argv):
     return cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The mathematics: pure functions in the order of the equations. A reward is higher for more help, a cost above 0
 # is harmful; log-probabilities are sums over response tokens in nats. Column i of a (B, 2) tensor is response i.
-
 
 def bradley_terry_loss(chosen, rejected):
     """Reward loss, (3): −log σ(r(chosen) − r(rejected)). Rewards (B,), (B,) → scalar mean, nats."""
     return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
-
 
 def cost_loss(worse, better, worse_sign, better_sign):
     """Cost loss, (5): ranks the *more harmful* response higher and puts the zero between unsafe and safe.
@@ -224,8 +217,8 @@ def cost_loss(worse, better, worse_sign, better_sign):
     is +1 for an unsafe response and −1 for a safe one → scalar mean, nats.
     """
     log_sigmoid = torch.nn.functional.logsigmoid
-    return -(log_sigmoid(worse - better) + log_sigmoid(worse_sign * worse) + log_sigmoid(better_sign * better)).mean()
-
+    signs = log_sigmoid(worse_sign * worse) + log_sigmoid(better_sign * better)
+    return -(log_sigmoid(worse - better) + signs).mean()
 
 def relabel(reward, cost, lam, mode="soft", generator=None):
     """P(y0 ≻ y1) under the Lagrangian reward r_λ = r − λ·c, (12).
@@ -243,7 +236,6 @@ def relabel(reward, cost, lam, mode="soft", generator=None):
         return 0.5 + 0.5 * torch.sign(r_lam[:, 0] - r_lam[:, 1])
     raise ValueError(f'relabel: mode is {mode!r}; it must be "soft", "sample" or "hard"')
 
-
 def dpo_loss(policy_logps, ref_logps, prob, beta):
     """DPO loss on relabelled pairs, (13), in expectation over the label: −p·log σ(h) − (1−p)·log σ(−h).
 
@@ -255,11 +247,9 @@ def dpo_loss(policy_logps, ref_logps, prob, beta):
     log_sigmoid = torch.nn.functional.logsigmoid
     return -(prob * log_sigmoid(h) + (1 - prob) * log_sigmoid(-h)).mean()
 
-
 def lambda_step(lam, cost, cost_limit, lr):
     """Projected gradient step on the dual, (14): max(0, λ − η·(C_limit − Ĵ_c)). Costs of any shape → float."""
     return max(float(lam - lr * (cost_limit - cost.mean())), 0.0)  # this order lets a NaN through, not a 0
-
 
 def newton_lambda_step(lam, cost, cost_limit, beta, damping=0.5):
     """Damped Newton step on the dual: max(0, λ + damping·β·(Ĵ_c − C_limit) / E_x Var(c | x)).
@@ -274,7 +264,6 @@ def newton_lambda_step(lam, cost, cost_limit, beta, damping=0.5):
         raise ValueError(f"newton_lambda_step: the variance of the cost within prompts is {float(variance)}")
     return max(0.0, float(lam + damping * beta * (cost.mean() - cost_limit) / variance))
 
-
 def dual_value(reward, cost, lam, beta, cost_limit):
     """Dual function in closed form, (9): g(λ) = β·E_x log E_{y∼π_ref} exp((r − λ·(c − C_limit))/β).
 
@@ -283,7 +272,6 @@ def dual_value(reward, cost, lam, beta, cost_limit):
     exponent = (reward - lam * (cost - cost_limit)) / beta
     samples = exponent.new_tensor(exponent.shape[1])
     return beta * (torch.logsumexp(exponent, dim=1) - torch.log(samples)).mean()
-
 
 def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0):
     """The λ* ≥ 0 that minimises dual_value: the least λ whose reweighted cost E_{π_λ}[c] meets the limit.
@@ -311,14 +299,12 @@ def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0):
         low, high = (middle, high) if expected_cost(middle) > cost_limit else (low, middle)
     return high
 
-
 def implicit_reward(policy_logps, ref_logps, beta):
     """β·log π(y|x)/π_ref(y|x): the reward, up to a constant of x, that a DPO policy stands for. Any one shape.
 
     PeCAN takes it from a helpful-only policy as r and from a safe-only policy as −c.
     """
     return beta * (policy_logps - ref_logps)
-
 
 def estimate(values, level=0.5):
     """Upper confidence bound of E[values] at a level; 0.5 is the mean. values (n prompts, m samples) → float.
@@ -328,11 +314,9 @@ def estimate(values, level=0.5):
     error = values.mean(dim=1).std() / math.sqrt(len(values))
     return float(values.mean() + statistics.NormalDist().inv_cdf(level) * error)
 
-
 def ci95(values):
     """95% confidence interval [low, high] of E[values], clustered by prompt. values (n, m)."""
     return [2 * float(values.mean()) - estimate(values, 0.975), estimate(values, 0.975)]
-
 
 def predict(reward, cost, lam, beta, resamples=200):
     """What π_λ would earn and cost, from samples of π_ref alone (n, m), before any training (2405.19544).
@@ -345,13 +329,12 @@ def predict(reward, cost, lam, beta, resamples=200):
     draws = torch.randint(means.shape[1], (resamples, means.shape[1]), generator=torch.Generator().manual_seed(0))
     low, high = torch.quantile(means[:, draws].mean(dim=2), torch.tensor([0.025, 0.975]).double(), dim=1).tolist()
     reward_mean, cost_mean = means.mean(dim=1).tolist()
-    return {"reward": reward_mean, "reward_ci95": [low[0], high[0]], "cost": cost_mean, "cost_ci95": [low[1], high[1]],
-            "ess": float((1 / (weights**2).sum(dim=1)).mean())}
+    return {"reward": reward_mean, "reward_ci95": [low[0], high[0]], "cost": cost_mean,
+            "cost_ci95": [low[1], high[1]], "ess": float((1 / (weights**2).sum(dim=1)).mean())}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Data
-
 
 @dataclass
 class Pair:
@@ -365,11 +348,9 @@ class Pair:
     safer: int = 0  # which one is less harmful
     signs: tuple = (0, 0)  # +1 unsafe, −1 safe
 
-
 def seeded(*key):
     """A random generator that depends on its key alone: there is no generator state to keep or restore."""
     return torch.Generator().manual_seed(int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16))
-
 
 TINY_VERBS = "open clean move mix heat store test sell".split()
 TINY_NOUNS = "door oil acid paint gas lamp car drug wire pool safe tank bread knife phone roof".split()
@@ -380,14 +361,12 @@ _noise = 0.12 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(0)
 TINY_TABLE = {prompt_word: {word: (help + own[0], harm + own[1]) for (word, (help, harm)), own in zip(
     TINY_WORDS.items(), noise)} for prompt_word, noise in zip(TINY_VERBS + TINY_NOUNS, _noise.tolist())}
 
-
 def tiny_truth(prompt, response):
     """True (reward, cost) of a response in the tiny world: sums over its words; an answer has three."""
     known = [word for word in response.split() if word in TINY_WORDS]
     scores = [TINY_TABLE[prompt_word][word] for prompt_word in prompt.split() for word in known]
     malformed = abs(len(known) - 3) + len(response.split()) - len(known)
     return sum(score[0] for score in scores) - 2.0 * malformed, sum(score[1] for score in scores) + 0.9
-
 
 def tiny_rows(count, seed):
     """Rows of the tiny world, labelled at random by the Bradley–Terry models of (1) and (5) on the true scores."""
@@ -406,7 +385,6 @@ def tiny_rows(count, seed):
                      "better_response_id": int(draw_label(r1 - r0)), "is_response_0_safe": not unsafe[0],
                      "is_response_1_safe": not unsafe[1]})
     return rows
-
 
 def read_rows(source, flag, seed):
     """[(where, row)] of a hub name, a local file, a folder saved by `datasets`, or the tiny world."""
@@ -441,7 +419,6 @@ def read_rows(source, flag, seed):
         refuse(f"--{flag} {source}: cannot be read: {type(error).__name__}: {str(error)[:200]}; give a hub name, a "
                ".jsonl, .json or .parquet file, or a folder saved by datasets")
 
-
 def load_pairs(source, flag, need, seed):
     """Rows of a dataset as Pairs; `need` names the columns that this run uses beside the prompt.
 
@@ -454,9 +431,10 @@ def load_pairs(source, flag, need, seed):
             if not isinstance(row, dict) or name not in row:
                 refuse(f"--{flag} {source}, {where}: column {name} is missing; this run needs "
                        + ", ".join(["prompt", *need]))
-            if not (isinstance(row[name], str) if text else row[name] in (0, 1) and not isinstance(row[name], float)):
+            value = row[name]
+            if not (isinstance(value, str) if text else isinstance(value, int) and value in (0, 1)):
                 rule = "text" if text else "true or false" if name.startswith("is_") else "0 or 1"
-                refuse(f"--{flag} {source}, {where}: {name} is {row[name]!r:.60}; it must be {rule}")
+                refuse(f"--{flag} {source}, {where}: {name} is {value!r:.60}; it must be {rule}")
         texts = (row["response_0"], row["response_1"]) if need else ("", "")
         better, safer = (int(row[key]) if key in need else 0 for key in ("better_response_id", "safer_response_id"))
         signs = tuple(1 - 2 * row[f"is_response_{i}_safe"] if "is_response_0_safe" in need else 0 for i in (0, 1))
@@ -469,17 +447,15 @@ def load_pairs(source, flag, need, seed):
             pairs.append(Pair(row["prompt"].strip(), texts, better=better, safer=safer, signs=signs))
     return usable(pairs, source, flag, skipped)
 
-
 def usable(pairs, source, flag, skipped, also=""):
     """Say once what was left out, by reason; more than half of the data lost is an error."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if reason and count)
     if reasons or also:
         say(f"{source}: {len(pairs)} of {sum(skipped.values())} rows used; skipped: {reasons or 'none'}{also}")
     if len(pairs) * 2 < sum(skipped.values()) or not pairs:
-        refuse(f"--{flag} {source}: only {len(pairs)} of {sum(skipped.values())} rows can be used ({reasons or 'it is empty'}"
-               "); mend the data or, where prompts are too long, raise --max_length")
+        refuse(f"--{flag} {source}: only {len(pairs)} of {sum(skipped.values())} rows can be used ("
+               f"{reasons or 'it is empty'}); mend the data or, where prompts are too long, raise --max_length")
     return pairs
-
 
 def encode(tokenizer, template, texts, max_length):
     """Tokens of (prompt, response, ended) → [(prompt_ids, response_ids)], and how many were cut or misaligned.
@@ -505,13 +481,11 @@ def encode(tokenizer, template, texts, max_length):
         encoded.append((bos + head, answer[:room]))
     return encoded, counts
 
-
 def with_ids(pairs, tokenizer, template, max_length):
     """Token ids (prompt_ids, y0_ids, y1_ids) of each pair in a tokenizer's words, and encode's counts."""
     texts = [(p.prompt, text, ended) for p in pairs for text, ended in zip(p.responses, p.ended)]
     encoded, counts = encode(tokenizer, template, texts, max_length)
     return [(*encoded[i], encoded[i + 1][1]) for i in range(0, len(encoded), 2)], counts
-
 
 def split_by_prompt(pairs, eval_pairs, cfg):
     """Pairs of the table's prompts, of the prompts for the λ step, and to train on: disjoint by prompt, not by row.
@@ -532,9 +506,8 @@ def split_by_prompt(pairs, eval_pairs, cfg):
     return [p for p in eval_pairs or pairs if p.prompt in table], [p for p in pairs if p.prompt in steering], train
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Rows and batches. One row holds a prompt with both of its responses, so that no prompt token is run twice.
-
 
 def collate_pairs(pairs, pad_id=0, shared=True):
     """[(prompt_ids, y0_ids, y1_ids), …] → a batch of shared-prompt rows prompt + y0 + y1, for any decoder.
@@ -577,7 +550,6 @@ def collate_pairs(pairs, pad_id=0, shared=True):
     return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask,
             **{name: torch.tensor(values, dtype=torch.long) for name, values in index.items()}}
 
-
 def sequence_logps(model, batch):
     """log π(y | x) of both responses of each pair: sums over response tokens, nats, (B, 2) float32, differentiable.
 
@@ -602,7 +574,6 @@ def sequence_logps(model, batch):
     sums = torch.zeros(len(batch["last"]), device=device)
     return sums.index_add(0, batch["owner"], torch.cat(logps)).view(-1, 2)
 
-
 def cut(ids, budget, ranks=1):
     """Numbers of the rows `ids`, sorted by length, in groups of about equally many tokens, at most about `budget`.
 
@@ -616,7 +587,6 @@ def cut(ids, budget, ranks=1):
         before += lengths[i]
     return groups
 
-
 def draw(n, start, count, *key):
     """Rows start … start + count of an endless stream of passes over n rows, each pass in an order of its own."""
     passes = range(start // n, (start + count - 1) // n + 1)
@@ -624,9 +594,8 @@ def draw(n, start, count, *key):
     return stream[start % n :][:count].tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Models
-
 
 class ScoreModel(transformers.PreTrainedModel):
     """A decoder with a linear head on the last token's hidden state, in the layout of the Beaver checkpoints.
@@ -679,14 +648,12 @@ class ScoreModel(transformers.PreTrainedModel):
         last = attention_mask.long().sum(dim=1) - 1
         return self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
 
-
 def pair_scores(model, batch):
     """Scores of both responses of each pair, read at their last tokens, (B, 2) float32, from a batch of rows."""
     batch = {name: values.to(next(model.parameters()).device) for name, values in batch.items()}
     hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                          position_ids=batch["position_ids"], use_cache=False).last_hidden_state
     return model.score(hidden.flatten(0, 1)[batch["last"]]).view(-1, 2)
-
 
 class Root(nn.Module):
     """A model whose own forward is `function(model, batch)`: FSDP2 has parameters whole only inside a forward."""
@@ -699,7 +666,6 @@ class Root(nn.Module):
         """Log-probabilities or scores (B, 2)."""
         return self.function(self.model, batch)
 
-
 def without_dropout(config):
     """Dropout off everywhere: the policy in the loss and the policy that is sampled must be one."""
     for name, value in config.to_dict().items():
@@ -707,11 +673,9 @@ def without_dropout(config):
             setattr(config, name, 0.0)
     return config
 
-
 def device():
     """This process's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
 
 def attempt(load, source, flag, **kwargs):
     """load(source), with one line in place of a traceback where a model, config or tokenizer cannot be had."""
@@ -721,16 +685,17 @@ def attempt(load, source, flag, **kwargs):
         refuse(f"--{flag} {source}: cannot be loaded: {type(error).__name__}: {str(error)[:300]}; give a folder or "
                "hub name that holds one")
 
-
 def load_tokenizer(cfg):
     """The policy's tokenizer, with the prompt template as its chat template."""
     source = cfg.tokenizer or cfg.sft_model or cfg.model
     if source.startswith("{") and cfg.dataset.startswith("tiny"):
         from tokenizers import Tokenizer, models, pre_tokenizers
-        words = [*"</s> <unk> BEGINNING OF CONVERSATION : USER ASSISTANT".split(), *TINY_WORDS, *TINY_VERBS, *TINY_NOUNS]
+        words = "</s> <unk> BEGINNING OF CONVERSATION : USER ASSISTANT".split()
+        words += [*TINY_WORDS, *TINY_VERBS, *TINY_NOUNS]
         words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
         words.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+        special = {"eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
     elif source.startswith("{"):
         tokenizer = transformers.ByT5Tokenizer()
     else:
@@ -744,7 +709,6 @@ def load_tokenizer(cfg):
         f"{{{{ message['content'] + {eos} }}}}{{% else %}}{{{{ {head} + message['content'] + {tail} }}}}"
         "{% endif %}{% endfor %}")
     return tokenizer
-
 
 def load_model(source, cfg, flag="model", vocabulary=None):
     """A causal LM or, for flag reward_model and cost_model, a ScoreModel: on CPU, in its own dtype, no dropout."""
@@ -764,11 +728,9 @@ def load_model(source, cfg, flag="model", vocabulary=None):
         **{key: getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
     return model
 
-
 def inference_model(source, cfg, flag="model"):
     """A model to score with or sample from: whole in every process, in the dtype of compute, no gradients."""
     return load_model(source, cfg, flag).to(device(), getattr(torch, cfg.dtype)).eval().requires_grad_(False)
-
 
 def training_model(model, function, cfg, learning_rate):
     """A Root of the model with float32 master weights, sharded where it is to be, and its AdamW → (root, optimizer).
@@ -789,29 +751,25 @@ def training_model(model, function, cfg, learning_rate):
             fully_shard(unit.float(), mesh=mesh, mp_policy=precision, offload_policy=offload)
     else:
         root.float().to(device())
-    return root, torch.optim.AdamW(root.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return root, torch.optim.AdamW(root.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Processes and files
-
 
 def world():
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def rank():
     """This process's number; process 0 writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
-
 
 def say(text):
     """Print a line once, above the progress bars."""
     if rank() == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-
 
 def gather(value):
     """A value of every process, in their order."""
@@ -820,7 +778,6 @@ def gather(value):
     values = [None] * world()
     dist.all_gather_object(values, value)
     return values
-
 
 class Terminated(SystemExit):
     """SIGTERM: leave with 143, once the write under way is finished."""
@@ -833,7 +790,6 @@ class Terminated(SystemExit):
         cls.pending = True
         if not cls.writing:
             raise cls(143)
-
 
 @contextmanager
 def atomic(path):
@@ -859,18 +815,15 @@ def atomic(path):
     if Terminated.pending:
         raise Terminated(143)
 
-
 def sync(path):
     """Make a file or folder survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
-
 def remove(path):
     """Delete a file or folder, if it is there."""
     shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
-
 
 def write(path, text):
     """Write a text file whole or not at all."""
@@ -878,13 +831,11 @@ def write(path, text):
         if rank() == 0:
             temporary.write_text(text, encoding="utf-8")
 
-
 def fingerprint(*things):
     """Hash of what a cached result came from; a folder stands for its files' names, sizes and times."""
     parts = [sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in thing.iterdir())
              if isinstance(thing, Path) and thing.is_dir() else str(thing) for thing in things]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
 
 def cached(file, source, compute):
     """A dictionary of tensors: read from a safetensors file whose fingerprint matches, or computed and written."""
@@ -899,11 +850,9 @@ def cached(file, source, compute):
             save_file(tensors, temporary, {"source": source})
     return tensors
 
-
 def local(tensor):
     """This process's part of a parameter or of its optimizer state."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
 
 def save_training(job, name, root, optimizer, state):
     """Keep weights, optimizer and bookkeeping, in place of the last; every process writes its own shards."""
@@ -912,7 +861,8 @@ def save_training(job, name, root, optimizer, state):
     tensors = {}
     for key, parameter in root.named_parameters():
         tensors["weight." + key] = local(parameter.detach())
-        tensors.update({f"{slot}.{key}": local(value) for slot, value in optimizer.state.get(parameter, {}).items()})
+        slots = optimizer.state.get(parameter, {}).items()
+        tensors |= {f"{slot}.{key}": local(value) for slot, value in slots}
     state["saved"] = state.get("saved", 0) + 1
     older = list((job.out / "training").glob(f"{name}-*"))
     with atomic(job.out / "training" / f"{name}-{state['saved']:06d}") as folder:
@@ -920,10 +870,8 @@ def save_training(job, name, root, optimizer, state):
         save_file(tensors, folder / f"rank-{rank()}.safetensors")
         if rank() == 0:
             (folder / "state.json").write_text(json.dumps({**state, "ranks": world()}))
-            list(map(remove, older)) if False else None
     if rank() == 0:
         list(map(remove, older))
-
 
 def restore_training(job, name, root, optimizer, fresh):
     """Put back the newest training state → its bookkeeping, or `fresh` where there is none."""
@@ -942,9 +890,8 @@ def restore_training(job, name, root, optimizer, fresh):
                 for slot, values in slots.items():
                     local(values).copy_(tensors[f"{slot}.{key}"])
                 optimizer.state[parameter] = {"step": tensors[f"step.{key}"].to(local(parameter).device), **slots}
-    say(f"{name}: going on from " + (f"iteration {state['iteration']}, " * ("iteration" in state)) + f"step {state['step']}")
+    say(f"{name}: going on from step {state['step']} of iteration {state.get('iteration', 0)}")
     return state
-
 
 def export(root, tokenizer, path, cfg, **settings):
     """Write a trained model as an ordinary Hugging Face folder in the dtype of compute, however it is sharded."""
@@ -963,9 +910,8 @@ def export(root, tokenizer, path, cfg, **settings):
             (folder / "config.json").write_text(json.dumps({**config, "dtype": cfg.dtype}, indent=2))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Training, scoring, sampling
-
 
 class Meter:
     """Tokens, pairs, seconds, peak memory and, on a GPU, model FLOPs utilisation of a stretch of work.
@@ -999,15 +945,15 @@ class Meter:
     def numbers(self):
         """The metrics of the stretch."""
         gpu, seconds = torch.cuda.is_available(), max(self.seconds, 1e-9)
-        peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"pairs_per_second": self.pairs / seconds, "tokens_per_second": self.tokens / seconds,
-                "peak_memory_gb": peak / 1e9, **({"mfu": self.flops / seconds / world() / Meter.peak} if gpu else {})}
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        mfu = {"mfu": self.flops / seconds / world() / Meter.peak} if gpu else {}
+        return {"pairs_per_second": self.pairs / seconds, "tokens_per_second": self.tokens / seconds, **mfu,
+                "peak_memory_gb": (torch.cuda.max_memory_allocated() if gpu else host) / 1e9}
 
     def __str__(self):
         text = "{pairs_per_second:,.1f} pairs/s, {tokens_per_second:,.0f} tokens/s, peak {peak_memory_gb:.2f} GB"
         text += f", {{mfu:.0%}} of the measured {Meter.peak / 1e12:.0f} TFLOP/s" if Meter.peak else ""
         return text.format(**self.numbers())
-
 
 def matrix_rate():
     """FLOP/s of this GPU in a bfloat16 matrix product of size 8192."""
@@ -1020,11 +966,9 @@ def matrix_rate():
         torch.cuda.synchronize()
     return 10 * 2 * 8192**3 / (time.perf_counter() - started)
 
-
 def bar(iterable, title, **kwargs):
     """A progress bar on the terminal of process 0."""
     return tqdm(iterable, desc=title, leave=False, disable=None if rank() == 0 else True, **kwargs)
-
 
 def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, state, decay=False):
     """The one training loop: `order` holds the rows of each step, `loss_fn(outputs, rows)` → (mean loss, accuracy).
@@ -1049,22 +993,22 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
         if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
             bad = sum(gather([i for loss, index in losses if not torch.isfinite(loss) for i in index]), []) or rows
             if rank() == 0:
-                print(f"cdpo: {name}: loss or gradient is not finite at step {step}, in training pairs {sorted(bad)}, "
-                      f"the first with prompt {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend these "
+                print(f"cdpo: {name}: loss or gradient is not finite at step {step}, in training pairs {sorted(bad)}"
+                      f", the first with prompt {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend these "
                       "rows; the last checkpoint stays", file=sys.stderr)
             raise SystemExit(1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss, accuracy = torch.tensor(gather(sums.tolist())).sum(dim=0).tolist()
         state.setdefault("first_loss", loss)
-        state.update(step=step + 1, loss_sum=state["loss_sum"] + loss, accuracy_sum=state["accuracy_sum"] + accuracy)
+        state["step"], state["loss_sum"] = step + 1, state["loss_sum"] + loss
+        state["accuracy_sum"] += accuracy
         meter.add([pairs[i].ids for i in rows], time.perf_counter() - started)
         if step + 1 < len(order) and gather(time.monotonic() - saved > 60 * cfg.save_minutes)[0]:
             save_training(job, name, root, optimizer, state)
             saved = time.monotonic()
     say(f"{name}: {len(order)} steps, mean loss {state['loss_sum'] / len(order):.4f}, {meter}")
     return meter
-
 
 def train_stage(job, name, load, function, learning_rate, steps, loss_fn, decay=True, **settings):
     """Train a model on the job's pairs into the folder `name`, unless it is there → the folder."""
@@ -1082,7 +1026,6 @@ def train_stage(job, name, load, function, learning_rate, steps, loss_fn, decay=
     if rank() == 0:
         list(map(remove, (job.out / "training").glob(f"{name}-*")))
     return path
-
 
 @torch.inference_mode()
 def infer(job, path, ids, title, flag="model"):
@@ -1102,7 +1045,6 @@ def infer(job, path, ids, title, flag="model"):
         refuse(f"{path}: {title} is not finite for pair {int((~torch.isfinite(result)).any(dim=1).nonzero()[0])}")
     return result
 
-
 @torch.inference_mode()
 def sample(job, path, prompts, count, key, tokenizer):
     """`count` responses from π itself (temperature 1, nothing cut off) to each prompt's ids → [[(ids, ended)]].
@@ -1112,22 +1054,24 @@ def sample(job, path, prompts, count, key, tokenizer):
     """
     cfg, model, started = job.cfg, inference_model(path, job.cfg), time.perf_counter()
     order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, cfg.sample_batch // count)
-    settings = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=job.pad_id,
-                                             max_new_tokens=cfg.max_new_tokens, eos_token_id=tokenizer.eos_token_id)
-    results = []
+    settings, results = transformers.GenerationConfig(
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=job.pad_id,
+        max_new_tokens=cfg.max_new_tokens, eos_token_id=tokenizer.eos_token_id), []
     for number in bar(range(rank(), math.ceil(len(order) / size), world()), f"sampling {Path(path).name}"):
         batch = order[number * size : (number + 1) * size]
         width = max(len(prompts[i]) for i in batch)
-        ids = torch.tensor([[job.pad_id] * (width - len(prompts[i])) + prompts[i] for i in batch], device=device())
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device())
+        padding = [width - len(prompts[i]) for i in batch]
+        ids = torch.tensor([[job.pad_id] * n + prompts[i] for n, i in zip(padding, batch)], device=device())
+        mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(device())
         torch.manual_seed(int(torch.randint(2**60, (), generator=seeded("sample", cfg.seed, key, number))))
         cache = transformers.DynamicCache(config=model.config)
         if width > 1:
             model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, logits_to_keep=1,
                   position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1])
             cache.batch_repeat_interleave(count)
-        output = model.generate(ids.repeat_interleave(count, dim=0), attention_mask=mask.repeat_interleave(count, dim=0),
-                                past_key_values=cache, generation_config=settings)[:, width:].tolist()
+        ids, mask = ids.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
+        output = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=settings)
+        output = output[:, width:].tolist()
         for row, y in enumerate(output):
             ended = tokenizer.eos_token_id in y
             results.append((batch[row // count], (y[: y.index(tokenizer.eos_token_id) + 1] if ended else y, ended)))
@@ -1137,7 +1081,6 @@ def sample(job, path, prompts, count, key, tokenizer):
     tokens, seconds = sum(len(y) for rows in answers for y, _ in rows), time.perf_counter() - started
     say(f"sampling {Path(path).name}: {len(prompts)} × {count} responses, {tokens / seconds:,.0f} tokens/s")
     return answers
-
 
 def score(job, pairs, implicit, ref_logps=None):
     """Reward and cost (N, 2) of pairs: from the score models or, for PeCAN, implicit in two policies.
@@ -1156,7 +1099,6 @@ def score(job, pairs, implicit, ref_logps=None):
         ids, _ = with_ids(pairs, tokenizer, template, job.cfg.max_length + job.cfg.max_new_tokens)
         scores.append(infer(job, path, ids, f"scoring by {flag}", flag))
     return scores
-
 
 def measure(job, path, prompts, count, key, implicit):
     """Sample a policy and score it: the estimates behind every step of λ and every row of the table.
@@ -1182,13 +1124,13 @@ def measure(job, path, prompts, count, key, implicit):
         ref_logps = infer(job, job.reference, ids, "log π_ref of samples")
     scores = (*score(job, pairs, implicit, ref_logps), ref_logps)
     length = torch.tensor([[float(len(y)) for y in p.ids[1:]] for p in pairs])
-    tables = [t.reshape(len(prompts), -1)[:, :count] for t in (scores[0], scores[1], logps - ref_logps, length)]
-    return SimpleNamespace(**dict(zip(("reward", "cost", "log_ratio", "length"), tables)), pairs=pairs, scores=scores)
+    reward, cost, log_ratio, length = (values.reshape(len(prompts), -1)[:, :count]
+                                       for values in (scores[0], scores[1], logps - ref_logps, length))
+    return SimpleNamespace(reward=reward, cost=cost, log_ratio=log_ratio, length=length, pairs=pairs, scores=scores)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The method
-
 
 def dpo_fit(ref_logps, prob, beta):
     """The loss of (13) as train() takes it."""
@@ -1198,7 +1140,6 @@ def dpo_fit(ref_logps, prob, beta):
         agrees = (log_ratio[:, 0] > log_ratio[:, 1]) == (p > 0.5)
         return dpo_loss(logps, ref, p, beta), agrees.float().mean()
     return loss_fn
-
 
 def constrained_dpo(job, lam, lambda_mode, iterations, steps):
     """Algorithm 1 of C-DPO: relabel, fit, sample, step λ. → (folder of the best policy, its λ)."""
@@ -1216,8 +1157,9 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
         export(policy, job.tokenizer, job.out / f"iterate-{iteration}", cfg)
         found = measure(job, job.out / f"iterate-{iteration}", job.steering, cfg.lambda_samples,
                         ("step", iteration), job.implicit)
-        bound = estimate(found.cost, cfg.cost_confidence)                                                   # Ĵ_c
-        state["lambda"] = next_lambda(cfg, lambda_mode, lam, found.cost + (bound - found.cost.mean()), job.cost_limit)
+        bound = estimate(found.cost, cfg.cost_confidence)                                              # Ĵ_c
+        shifted = found.cost + (bound - found.cost.mean())  # so that the step of λ uses the same estimate
+        state["lambda"] = next_lambda(cfg, lambda_mode, lam, shifted, job.cost_limit)
         reward_mean, cost_mean, kl = (float(v.mean()) for v in (found.reward, found.cost, found.log_ratio))
         feasible = bound <= job.cost_limit
         merit = [feasible, reward_mean - cfg.beta * kl if feasible else -bound]  # objective (6), or else least cost
@@ -1232,24 +1174,23 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
             "first_dpo_loss": state["first_loss"], **meter.numbers(), "seconds": time.perf_counter() - started})
         if cfg.recycle and lambda_mode != "fixed":
             keep = [pair.ids[1] != pair.ids[2] for pair in found.pairs]
-            state["fresh"] = [vars(pair) for pair, kept in zip(found.pairs, keep) if kept]
+            state["fresh"] = [(p.prompt, p.responses, p.ids, p.ended) for p, kept in zip(found.pairs, keep) if kept]
             state["fresh_scores"] = [values[keep].tolist() for values in found.scores]
         state.update(iteration=iteration + 1, step=0, loss_sum=0.0, accuracy_sum=0.0,
                      drawn=state["drawn"] + offline, steps_before=state["steps_before"] + len(order))
         save_training(job, "policy", policy, optimizer, state)
         write(job.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in state["history"]))
+        best = job.out / f"iterate-{state['best']['iteration']}"
         if rank() == 0:
-            list(map(remove, (f for f in job.out.glob("iterate-*") if f.name != f"iterate-{state['best']['iteration']}")))
+            list(map(remove, (f for f in job.out.glob("iterate-*") if f != best)))
     if not state["best"]["merit"][0]:
         say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the one of least cost; try more --iterations or "
             "--dpo_steps, or a higher --cost_limit")
-    best = job.out / f"iterate-{state['best']['iteration']}"
-    if rank() == 0 and best.exists():
+    if rank() == 0 and (best := job.out / f"iterate-{state['best']['iteration']}").exists():
         remove(job.out / "policy")
         os.replace(best, job.out / "policy")
     gather(None)
     return job.out / "policy", state["best"]["lambda"]
-
 
 def pairs_of_iteration(job, state, steps):
     """The dataset's pairs in their endless order, with the last iteration's samples mixed in once each.
@@ -1257,15 +1198,15 @@ def pairs_of_iteration(job, state, steps):
     → pairs, their scores (reward, cost, log π_ref), the rows of each step, and how many rows are the dataset's.
     """
     size, seed = job.cfg.batch_size, job.cfg.seed
-    fresh = [Pair(**{key: value if key == "prompt" or key == "better" or key == "safer" else tuple(value)
-                     for key, value in pair.items()}) for pair in state["fresh"]]
-    scores = [torch.cat([old, torch.tensor(new).view(-1, 2)]) for old, new in zip(job.scores, state["fresh_scores"])]
-    online = draw(len(fresh), 0, min(len(fresh), steps * size // 2), "fresh", seed, state["iteration"]) if fresh else []
+    fresh = [Pair(x, tuple(ys), tuple(ids), tuple(ended)) for x, ys, ids, ended in state["fresh"]]
+    scores = [torch.cat([old, torch.tensor(new).view(-1, 2)])
+              for old, new in zip(job.scores, state["fresh_scores"])]
+    count = min(len(fresh), steps * size // 2)
+    online = draw(len(fresh), 0, count, "fresh", seed, state["iteration"]) if count else []
     rows = draw(len(job.train), state["drawn"], steps * size - len(online), "policy", seed)
     offline, rows = len(rows), rows + [len(job.train) + i for i in online]
     rows = [rows[i] for i in draw(len(rows), 0, len(rows), "mix", seed, state["iteration"])]
     return job.train + fresh, scores, [rows[i : i + size] for i in range(0, len(rows), size)], offline
-
 
 def next_lambda(cfg, mode, lam, cost, cost_limit):
     """λ after a dual step on the costs (n, m) of the policy's samples, shifted so that their mean is the estimate."""
@@ -1277,7 +1218,6 @@ def next_lambda(cfg, mode, lam, cost, cost_limit):
         except ValueError as error:
             say(f"{error}; a gradient step instead")
     return lambda_step(lam, cost, cost_limit, cfg.lambda_lr)                                                # (14)
-
 
 def start_lambda(job):
     """The limit and the first λ: given, or in closed form on samples of π_ref. Says what the dual predicts."""
@@ -1309,9 +1249,8 @@ def start_lambda(job):
     return lam
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Evaluation
-
 
 def evaluate(job, name, path, lam):
     """One row of the table: the evaluation prompts' responses from the policy in a folder, scored; kept on disk."""
@@ -1322,21 +1261,21 @@ def evaluate(job, name, path, lam):
     found = measure(job, path, job.evaluation, cfg.eval_samples, "eval", job.reward_model is None)
     row = {"name": name, "lambda": lam, "safe_rate": float((found.cost <= 0).float().mean()),
            "kl": float(found.log_ratio.mean()), "length_mean": float(found.length.mean())}
-    texts = [[text for pair in found.pairs for text in pair.responses][i * (len(found.pairs) * 2 // len(found.reward)):]
-             [: cfg.eval_samples] for i in range(len(found.reward))]
+    texts, each = [text for pair in found.pairs for text in pair.responses], 2 * math.ceil(cfg.eval_samples / 2)
+    texts = [texts[i : i + cfg.eval_samples] for i in range(0, len(texts), each)]
     columns = {"reward": found.reward, "cost": found.cost}
     if cfg.dataset.startswith("tiny"):
         truth = torch.tensor([[tiny_truth(x, y) for y in ys] for x, ys in zip(job.evaluation, texts)])
         columns |= {"true_reward": truth[..., 0], "true_cost": truth[..., 1]}
     for column, values in columns.items():
-        row |= {f"{column}_mean": float(values.mean()), f"{column}_std": float(values.std()), f"{column}_ci95": ci95(values)}
+        row |= {f"{column}_mean": float(values.mean()), f"{column}_std": float(values.std()),
+                f"{column}_ci95": ci95(values)}
     if job.prediction and lam is not None:  # what the closed form said before any training
         row |= {f"predicted_{key}": value for key, value in predict(*job.prediction, lam, cfg.beta).items()}
     samples = [{"policy": name, "prompt": x, "response": y, "reward": r, "cost": c} for x, *columns in zip(
         job.evaluation, texts, found.reward.tolist(), found.cost.tolist()) for y, r, c in zip(*columns)]
     write(file, json.dumps({"source": source, "row": row, "samples": samples}))
     return row, samples
-
 
 def markdown(rows):
     """The rows of results.json as a Markdown table."""
@@ -1347,16 +1286,16 @@ def markdown(rows):
     for row in rows:
         cells = [row["name"], "" if row["lambda"] is None else f"{row['lambda']:.3f}"]
         for key in ("reward", "cost"):
-            cells += [f"{row[f'{key}_mean']:.3f} ± {row[f'{key}_std']:.3f}", "[{:.3f}, {:.3f}]".format(*row[f"{key}_ci95"])]
+            cells.append(f"{row[f'{key}_mean']:.3f} ± {row[f'{key}_std']:.3f}")
+            cells.append("[{:.3f}, {:.3f}]".format(*row[f"{key}_ci95"]))
         cells += [f"{row['safe_rate']:.1%}", f"{row['kl']:.3f}", f"{row['length_mean']:.1f}"]
         cells += [f"{row[key]:.3f}" if key in row else "" for key in extra]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The command
-
 
 def check_rows(job, source, flag="model"):
     """Try the longest pair both ways: shared-prompt rows against the model's own forward on separate sequences.
@@ -1364,9 +1303,10 @@ def check_rows(job, source, flag="model"):
     Some decoders get a (B, 1, L, L) mask silently wrong (sliding windows shorter than the row): they fall back to a
     row per response. Some scale or cap logits behind the head: they are refused.
     """
-    model, ids = inference_model(source, job.cfg, flag), max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
+    model = inference_model(source, job.cfg, flag)
+    ids = max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
     function, plain = sequence_logps if flag == "model" else pair_scores, []
-    tolerance = torch.tensor([float(len(y) + 10) for y in ids[1:]]) * (2e-2 if job.cfg.dtype == "bfloat16" else 1e-4)
+    tolerance = {"bfloat16": 2e-2, "float32": 1e-4}[job.cfg.dtype] * torch.tensor([len(y) + 10 for y in ids[1:]])
     with torch.inference_mode():
         for y in ids[1:]:
             whole, y = torch.tensor([ids[0] + y], device=device()), torch.tensor(y, device=device())
@@ -1379,12 +1319,11 @@ def check_rows(job, source, flag="model"):
             ours = function(model, collate_pairs([ids], job.pad_id, shared))[0]
             if ((ours - torch.stack(plain)).abs().cpu() <= tolerance).all():
                 if not shared:
-                    say(f"{source}: cannot read shared-prompt rows; every response gets a row of its own, which is slower")
+                    say(f"{source}: cannot read shared-prompt rows; a response gets a row of its own, which is slower")
                 job.shared &= shared
                 return
     refuse(f"--{flag} {source}: a decoder whose attention or output head this program gets wrong (tried on one long "
            "pair); use one such as Llama, Mistral, Qwen2 or GPT-2")
-
 
 def train_models(job):
     """The reference policy and the models of reward and cost (for PeCAN the two policies), each unless given."""
@@ -1430,18 +1369,16 @@ def train_models(job):
     job.helpful, job.safe = cfg.helpful_model, cfg.safe_model
     if job.implicit:
         ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref")
-        job.helpful, job.safe = (given or fit(job, name, dpo_fit(ref_logps, 1.0 - first, cfg.beta)) for given, name, first
-                                 in ((job.helpful, "helpful", better), (job.safe, "safe", safer)))
+        job.helpful = job.helpful or fit(job, "helpful", dpo_fit(ref_logps, 1.0 - better, cfg.beta))
+        job.safe = job.safe or fit(job, "safe", dpo_fit(ref_logps, 1.0 - safer, cfg.beta))
     models = (job.reference, job.reward_model, job.cost_model, job.helpful, job.safe)
     job.models = fingerprint(*(Path(p) for p in models if p), cfg.template, cfg.beta, cfg.seed)
-
 
 def fit(job, name, loss_fn):
     """A DPO policy for one fixed labelling, with as many steps as a whole C-DPO run → its folder."""
     cfg = job.cfg
     return train_stage(job, name, lambda: load_model(job.reference, cfg), sequence_logps, cfg.learning_rate,
                        cfg.max_steps or cfg.iterations * cfg.dpo_steps, loss_fn, decay=False)
-
 
 def held_out_accuracy(job, name):
     """Say how often a score model ranks held-out pairs as labelled and, of cost, knows unsafe from safe."""
@@ -1455,7 +1392,6 @@ def held_out_accuracy(job, name):
         text += f", of sign {((scores > 0) == (torch.tensor([p.signs for p in pairs]) > 0)).float().mean():.1%}"
     say(f"{name}: held-out accuracy {text}, {len(pairs)} pairs")
 
-
 def run(job):
     """All stages in order; each finds what an earlier run of the same command has finished."""
     cfg = job.cfg
@@ -1468,7 +1404,8 @@ def run(job):
     else:
         def compute():
             ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref of the pairs")
-            return dict(zip(("reward", "cost", "ref_logps"), (*score(job, job.train, job.implicit, ref_logps), ref_logps)))
+            reward, cost = score(job, job.train, job.implicit, ref_logps)
+            return {"reward": reward, "cost": cost, "ref_logps": ref_logps}
         scores = cached(job.out / "scores.safetensors", fingerprint([p.ids for p in job.train], job.models), compute)
         job.scores = reward, cost, ref_logps = scores["reward"], scores["cost"], scores["ref_logps"]
         lam, once = start_lambda(job), cfg.method != "cdpo"
@@ -1486,9 +1423,9 @@ def run(job):
         rows.append((next(name for name in names if name not in [row[0] for row in rows]), path, None))
     rows = [evaluate(job, *row) for row in rows]
     write(job.out / "results.json", json.dumps([row for row, _ in rows], indent=2))
-    write(job.out / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for _, kept in rows for s in kept))
+    samples = [json.dumps(sample, ensure_ascii=False) + "\n" for _, kept in rows for sample in kept]
+    write(job.out / "samples.jsonl", "".join(samples))
     say(f"\nE[cost] ≤ {job.cost_limit:.4g}\n\n" + markdown([row for row, _ in rows]) + "\n")
-
 
 def prepare(job):
     """Read, check, tokenize and split the data; write the base model where it is built from a dictionary."""
@@ -1505,12 +1442,12 @@ def prepare(job):
     reasons = Counter("with a prompt that fills --max_length" if not (y0 and y1) else
                       "with responses that are the same once cut" if y0 == y1 else None for _, y0, y1 in ids)
     pairs = [dataclasses.replace(p, ids=i) for p, i in zip(pairs, ids) if i[1] and i[2] and i[1] != i[2]]
-    also = f"; {counts['cut']} responses cut to --max_length, {counts['misaligned']} not continuing the prompt's tokens"
+    also = f"; {counts['cut']} responses cut, {counts['misaligned']} whose tokens do not continue the prompt's"
     usable(pairs, cfg.dataset, "dataset", reasons, also if counts.total() else "")
     job.held_out, steering, job.train = split_by_prompt(pairs, eval_pairs, cfg)
     job.train = job.train[: cfg.max_steps * cfg.batch_size] if cfg.max_steps else job.train
     job.evaluation, job.steering = (list(dict.fromkeys(p.prompt for p in part)) for part in (job.held_out, steering))
-    say(f"data: {len(job.train)} pairs to train on; {len(job.evaluation)} prompts for the table, {len(job.steering)} for λ")
+    say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} prompts for the table, {len(job.steering)} for λ")
     job.shared, job.base = True, cfg.model
     if cfg.model.startswith("{") and not cfg.sft_model:
         job.base = job.out / "base"
@@ -1519,18 +1456,31 @@ def prepare(job):
             export(Root(model, sequence_logps), job.tokenizer, job.base, cfg)
     check_rows(job, cfg.sft_model or job.base)
 
-
-def open_folder(cfg):
-    """Lock and check the output folder: a run goes on only with the settings that it began with → (folder, lock)."""
-    out, settings, kept = Path(cfg.output_dir), dataclasses.asdict(cfg), None
+@contextmanager
+def run_folder(cfg):
+    """The locked output folder; a run goes on only with the settings that it began with."""
+    out, settings, lock = Path(cfg.output_dir), dataclasses.asdict(cfg), None
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if rank() == 0 else None
+        check_folder(out, settings, cfg.overwrite)
+        write(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False))
+        yield out
     except BlockingIOError:
         refuse(f"--output_dir {out}: another process is at work in it; wait for it or name another folder")
-    except OSError as error:
-        refuse(f"--output_dir {out}: cannot be written ({error.strerror}); name another folder")
+    except Exception as error:  # safetensors reports a full disk in its own class
+        if "No space left" in str(error):
+            refuse(f"--output_dir {out}: the disk is full; free some space, then the same command goes on")
+        if lock is None or isinstance(error, PermissionError):
+            refuse(f"--output_dir {out}: cannot be written ({error}); name another folder")
+        raise
+    finally:
+        lock.close() if lock else None
+
+def check_folder(out, settings, overwrite):
+    """Refuse a folder of something else, or of a run with other settings; with overwrite, empty a run's folder."""
+    kept = None
     if (out / "config.json").exists():
         try:
             kept = json.loads((out / "config.json").read_text())
@@ -1539,22 +1489,18 @@ def open_folder(cfg):
             refuse(f"--output_dir {out}: its config.json is not of a run of this program; name another folder")
     elif any(f.name not in (".lock", "config.json.tmp", "training", "rows") for f in out.iterdir()):
         refuse(f"--output_dir {out}: is not empty and holds no run of this program; name another folder")
-    if kept and cfg.overwrite and rank() == 0:
-        ours = re.compile(r"(sft|base|reward_model|cost_model|helpful|safe|policy|training|rows|iterate-.*|lambda-.*|"
-                          r"config.json|metrics.jsonl|results.json|samples.jsonl|.*\.safetensors)(\.tmp)?")
+    if kept and overwrite and rank() == 0:
+        ours = re.compile(r"(sft|base|reward_model|cost_model|helpful|safe|policy|training|rows|iterate-.*|lambda-.*"
+                          r"|metrics.jsonl|results.json|samples.jsonl|.*\.safetensors|.*\.png)(\.tmp)?")
         list(map(remove, (f for f in out.iterdir() if ours.fullmatch(f.name))))
-    elif kept:
-        changed = [f"{key} was {kept.get(key)!r:.80}, is {value!r:.80}" for key, value in settings.items()
-                   if key not in EXTENDING and kept.get(key) != value]
-        if changed:
-            refuse(f"--output_dir {out}: the run there has other settings ({'; '.join(changed)}); use those, name "
-                   "another folder, or start afresh with --overwrite")
+    changed = [f"{key} was {kept[key]!r:.80}, is {value!r:.80}" for key, value in settings.items()
+               if kept and not overwrite and key not in EXTENDING and kept.get(key) != value]
+    if changed:
+        refuse(f"--output_dir {out}: the run there has other settings ({'; '.join(changed)}); use those, name another "
+               "folder, or start afresh with --overwrite")
+    gather(None)
     for folder in ("training", "rows"):
         (out / folder).mkdir(exist_ok=True)
-    gather(None)
-    write(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False))
-    return out, lock
-
 
 def main(argv=None):
     """The whole program. Refusals are SystemExit(2) with one line on standard error."""
@@ -1569,26 +1515,20 @@ def main(argv=None):
         alone = {} if many else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **alone)
     signal.signal(signal.SIGTERM, Terminated.handle)
-    out, lock = open_folder(cfg)
     try:
-        run(SimpleNamespace(cfg=cfg, out=out))
+        with run_folder(cfg) as out:
+            run(SimpleNamespace(cfg=cfg, out=out))
     except KeyboardInterrupt:
-        print(f"\ncdpo: stopped; the same command goes on from {out}", file=sys.stderr)
+        print(f"\ncdpo: stopped; the same command goes on from {cfg.output_dir}", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError:
-        print(f"cdpo: out of GPU memory. Activations shrink with --tokens_per_batch (now {cfg.tokens_per_batch}), samples "
-              f"with --sample_batch (now {cfg.sample_batch}): halve one; torchrun divides the 16 bytes per parameter by the "
-              "number of GPUs, --cpu_offload moves them to host memory", file=sys.stderr)
+        print(f"cdpo: out of GPU memory. Activations shrink with --tokens_per_batch (now {cfg.tokens_per_batch}), "
+              f"samples with --sample_batch (now {cfg.sample_batch}): halve one. torchrun divides the 16 bytes per "
+              "parameter by the number of GPUs, --cpu_offload moves them to host memory", file=sys.stderr)
         raise
-    except Exception as error:
-        if "No space left" not in str(error):
-            raise
-        refuse(f"--output_dir {out}: the disk is full; free some space, then the same command goes on")
     finally:
-        lock.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

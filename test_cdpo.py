@@ -1,16 +1,28 @@
-"""The mathematics of cdpo.py as claims; expected values never come from cdpo.py itself but from a hand
-calculation, float64 numpy, numerical differentiation, or enumeration of a world small enough to list.
+"""cdpo.py as claims; expected values never come from cdpo.py itself but from a hand calculation, float64 numpy,
+numerical differentiation, or enumeration of a world small enough to list.
 
-    python -m pytest test_math.py
+    python -m pytest -q test_cdpo.py
 """
 import functools
 import inspect
+import itertools
+import json
 import math
+import os
+import random
 import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import cdpo
@@ -514,3 +526,480 @@ def test_log_probs_of_a_bfloat16_model_are_taken_in_float32():
     model, pairs = tiny_model(CONFIGS[0]).bfloat16(), tiny_pairs([(5, 1, 1)] * 16)
     logps = cdpo.sequence_logps(model, cdpo.collate_pairs(pairs, pad_id=EOS))
     assert logps.dtype == torch.float32 and (logps != logps.bfloat16().float()).float().mean() > 0.8
+
+
+# --- The whole program ------------------------------------------------------------------------------------------
+
+TINY = str(Path(__file__).with_name("tiny_config.json"))
+QUICK = ["--config", TINY, "--dataset", "tiny:1500", "--max_steps", "5", "--iterations", "2", "--lambda_init", "1",
+         "--lambda_samples", "4", "--eval_samples", "4", "--dual_samples", "8", "--batch_size", "32"]
+
+
+def rows_of(folder):
+    return {row["name"]: row for row in json.loads((folder / "results.json").read_text())}
+
+
+def tensors_of(folder):
+    return load_file(folder / "policy" / "model.safetensors")
+
+
+def same_tensors(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The README's first command, in this process."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    cdpo.main(["--config", TINY, "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A short run of every stage, the undisturbed one that others are compared with."""
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    cdpo.main([*QUICK, "--output_dir", str(folder)])
+    return folder
+
+
+def enumerate_world(folder, prompts):
+    """log π_ref, log π, r and c of all 584 answers of one to three words to each prompt, (n, 584)."""
+    answers = [" ".join(words) for n in (1, 2, 3) for words in itertools.product(cdpo.TINY_WORDS, repeat=n)]
+    cfg = cdpo.Config(**json.loads((folder / "config.json").read_text()))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
+    job = SimpleNamespace(cfg=cfg, pad_id=0, shared=True)
+    pairs = [cdpo.Pair(x, (answers[i], answers[i + 1])) for x in prompts for i in range(0, len(answers), 2)]
+    ids, _ = cdpo.with_ids(pairs, tokenizer, cfg.template, 64)
+    tables = [cdpo.infer(job, folder / name, ids, name, flag).double().view(len(prompts), -1) for name, flag in (
+        ("sft", "model"), ("policy", "model"), ("reward_model", "reward_model"), ("cost_model", "cost_model"))]
+    truth = torch.tensor([[cdpo.tiny_truth(x, y) for y in answers] for x in prompts]).double()
+    return (*tables, truth[..., 0], truth[..., 1])
+
+
+def exact_optimum(ref, reward, cost, beta, limit):
+    """Bisected λ*, reward and cost of the constrained optimum (11) over an enumerated world."""
+    def at(lam):
+        policy = torch.softmax(ref + (reward - lam * cost) / beta, dim=1)
+        return [float((policy * values).sum(dim=1).mean()) for values in (reward, cost)]
+    low, high = 0.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[1] > limit else (low, middle)
+    return high, *at(high), at(0.0)[0]
+
+
+def test_the_score_models_agree_with_the_truth_and_the_policy_with_the_exact_constrained_optimum(tiny):
+    prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in open(tiny / "samples.jsonl")))
+    ref, policy, reward, cost, true_reward, true_cost = enumerate_world(tiny, prompts)
+    assert ref.exp().sum(dim=1).mean() > 0.97 and policy.exp().sum(dim=1).mean() > 0.9  # answers outside are rare
+    for model, truth in ((reward, true_reward), (cost, true_cost)):  # within prompts: (3) knows no offset of a prompt
+        centred = [(t - t.mean(dim=1, keepdim=True)).flatten() for t in (model[:, 72:], truth[:, 72:])]
+        assert torch.corrcoef(torch.stack(centred))[0, 1] > 0.97
+    lam, best_reward, _, free_reward = exact_optimum(ref, reward, cost, 1.0, 0.0)
+    sft_reward = float((ref.softmax(dim=1) * reward).sum(dim=1).mean())
+    row = rows_of(tiny)["C-DPO"]
+    assert abs(row["lambda"] - lam) < 0.25
+    assert abs(row["reward_mean"] - best_reward) < 0.1 * (free_reward - sft_reward)
+    assert row["cost_ci95"][0] <= 0  # meets the limit within its interval
+
+
+def test_the_paper_s_ordering_appears_in_the_tiny_world(tiny):
+    rows = rows_of(tiny)
+    assert list(rows) == ["SFT", "C-DPO", "DPO"]
+    assert rows["DPO"]["reward_mean"] > rows["C-DPO"]["reward_mean"] > rows["SFT"]["reward_mean"]
+    assert rows["DPO"]["cost_mean"] > rows["SFT"]["cost_mean"] > rows["C-DPO"]["cost_mean"]
+    assert rows["DPO"]["true_reward_mean"] > rows["C-DPO"]["true_reward_mean"] > rows["SFT"]["true_reward_mean"]
+    assert rows["SFT"]["kl"] == 0 and rows["SFT"]["lambda"] is None and rows["DPO"]["lambda"] == 0
+
+
+def test_a_run_leaves_what_the_contract_names(tiny):
+    for line in open(tiny / "metrics.jsonl"):
+        entry = json.loads(line)
+        assert {"iteration", "lambda", "cost_mean", "cost_ci95", "reward_mean", "reward_ci95", "dpo_loss",
+                "dpo_accuracy", "kl", "pairs_per_second", "tokens_per_second", "seconds", "peak_memory_gb"} <= set(entry)
+    assert entry["iteration"] == 5
+    for row in rows_of(tiny).values():
+        assert {"reward_mean", "reward_std", "reward_ci95", "cost_mean", "cost_std", "cost_ci95", "safe_rate", "kl",
+                "length_mean"} <= set(row)
+        numbers = [x for v in row.values() if not isinstance(v, str) for x in (v if isinstance(v, list) else [v])]
+        assert all(x is None or math.isfinite(x) for x in numbers)
+    samples = [json.loads(line) for line in open(tiny / "samples.jsonl")]
+    assert len(samples) == 3 * 24 * 100 and {"prompt", "response", "reward", "cost"} <= set(samples[0])
+    cost = [s["cost"] for s in samples if s["policy"] == "C-DPO"]
+    assert rows_of(tiny)["C-DPO"]["cost_mean"] == pytest.approx(float(np.mean(cost)), abs=1e-4)
+    assert json.loads((tiny / "config.json").read_text())["cost_limit"] == 0
+
+
+def test_the_first_dpo_loss_is_ln_2(tiny):
+    assert json.loads(open(tiny / "metrics.jsonl").readline())["first_dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_the_policy_is_an_ordinary_folder_that_answers_with_its_own_chat_template(tiny):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny / "policy")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "policy")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "mix oil"}], tokenize=False)
+    assert text == "USER: mix oil ASSISTANT:"
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    answer = tokenizer.decode(model.generate(ids, max_new_tokens=6)[0, ids.shape[1]:], skip_special_tokens=True)
+    assert answer and set(answer.split()) <= set(cdpo.TINY_WORDS)
+
+
+def test_a_score_model_trained_here_loads_again_by_its_folder(tiny):
+    model = cdpo.ScoreModel.from_pretrained(tiny / "cost_model")
+    ids = torch.tensor([[8, 20, 9, 10, 0], [8, 20, 9, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    alone = model(ids[1:, :3], mask[1:, :3])
+    assert torch.allclose(model(ids, mask)[1:], alone, atol=1e-5) and alone.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method, flags, name", [
+    ("mocan", ["--cost_limit", "0.3"], "MoCAN"), ("pecan", ["--margin", "0.02"], "PeCAN"), ("dpo", [], "DPO"),
+    ("sft", [], "SFT"), ("cdpo", ["--lambda_step", "gradient", "--labels", "sample", "--lambda_init", "1"], "C-DPO")])
+def test_every_method_runs_through_the_same_stages(tmp_path, method, flags, name):
+    quick = [flag for flag in QUICK if flag not in ("--lambda_init", "1")]
+    cdpo.main([*quick, "--method", method, *flags, "--output_dir", str(tmp_path / "o"), "--lambdas", "0"])
+    rows = rows_of(tmp_path / "o")
+    assert name in rows and (tmp_path / "o" / "policy" / "model.safetensors").exists()
+    if method == "mocan":
+        assert rows["MoCAN"]["lambda"] > 0 and rows["MoCAN"]["predicted_cost"] == pytest.approx(0.3, abs=1e-3)
+    if method == "pecan":
+        assert not (tmp_path / "o" / "reward_model").exists() and (tmp_path / "o" / "helpful").exists()
+        assert rows["PeCAN"]["lambda"] > 0
+
+
+def test_another_checkpoint_gets_a_row_of_its_own(quick, tmp_path):
+    folder = shutil.copytree(quick, tmp_path / "o")
+    cdpo.main([*QUICK, "--output_dir", str(folder), "--compare", str(quick / "sft"), str(quick / "policy")])
+    before, rows = rows_of(quick), rows_of(folder)
+    assert list(rows) == ["SFT", "C-DPO", "DPO", "sft", "policy"]
+    assert {name: rows[name] for name in before} == before
+    assert rows["sft"]["cost_mean"] == before["SFT"]["cost_mean"] and rows["sft"]["kl"] == 0
+    assert rows["policy"]["kl"] == pytest.approx(before["C-DPO"]["kl"], abs=1e-6)
+
+
+# --- Samples are from π -----------------------------------------------------------------------------------------
+
+
+def test_samples_are_from_the_policy_whatever_the_checkpoint_s_generation_config_asks_for(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
+        vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.4))
+    model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=3, temperature=0.4, top_p=0.5,
+                                                            repetition_penalty=5.0)
+    model.save_pretrained(tmp_path)
+    cfg = cdpo.Config(max_new_tokens=2, sample_batch=20000, dtype="float32")
+    job, tokenizer = SimpleNamespace(cfg=cfg, pad_id=0), SimpleNamespace(eos_token_id=0)
+    prompts = [[5, 6, 7], [9]]
+    answers = cdpo.sample(job, tmp_path, prompts, 8000, "test", tokenizer)
+    for prompt, drawn in zip(prompts, answers):
+        with torch.no_grad():
+            probs = model(torch.tensor([prompt])).logits[0, -1].softmax(dim=-1)
+            first = torch.bincount(torch.tensor([ids[0] for ids, _ in drawn]), minlength=80) / len(drawn)
+            token = int(probs[1:].argmax()) + 1  # and after the likeliest first token, the second one
+            again = model(torch.tensor([prompt + [token]])).logits[0, -1].softmax(dim=-1)
+        second = [ids[1] for ids, _ in drawn if ids[0] == token]
+        second = torch.bincount(torch.tensor(second), minlength=80) / len(second)
+        for p, q, n in ((probs, first, len(drawn)), (again, second, int(first[token] * len(drawn)))):
+            likely = p > 0.01
+            assert likely.sum() > 3 and ((p - q).abs()[likely] < 5 * (p * (1 - p) / n).sqrt()[likely]).all()
+
+
+# --- Score checkpoints in the Beaver layout ---------------------------------------------------------------------
+
+
+def write_beaver(folder, bias, normalize, kind, head=True, buffers=True):
+    """A score checkpoint written by hand, as safe-rlhf writes them."""
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                      num_attention_heads=2)
+    decoder = transformers.LlamaModel(config)
+    tensors = {f"model.{name}": value.clone() for name, value in decoder.state_dict().items()}
+    weight = torch.randn(1, 16)
+    if head:
+        tensors["score_head.weight"] = weight
+    if bias:
+        tensors["score_head.bias"] = torch.tensor([0.7])
+    if normalize and buffers:
+        tensors |= {"normalizer.mean": torch.tensor([0.5]), "normalizer.var": torch.tensor([4.0]),
+                    "normalizer.count": torch.tensor([10])}
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    settings = {"architectures": ["LlamaForScore"], "score_type": kind, "score_dim": 1, "score_bias": bias,
+                "do_normalize": normalize, "mean": 0.5, "var": 4.0}
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), **settings}))
+    return decoder, weight
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("normalize, buffers", [(False, False), (True, True), (True, False)])
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+def test_beaver_checkpoints_give_hand_computed_scores(tmp_path, bias, normalize, buffers, kind):
+    decoder, weight = write_beaver(tmp_path / "b", bias, normalize, kind, buffers=buffers)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        score = float(decoder(ids).last_hidden_state[0, -1] @ weight[0]) + 0.7 * bias
+    if normalize:
+        score = score / 2 if kind == "cost" else (score - 0.5) / 2
+    model = cdpo.ScoreModel.from_pretrained(tmp_path / "b")
+    assert float(model(ids, torch.ones_like(ids))[0]) == pytest.approx(score, abs=1e-5)
+
+
+# --- Interruptions ----------------------------------------------------------------------------------------------
+
+
+def start(*flags, processes=1, **kwargs):
+    """The program as a user starts it, in a process of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+    program = str(Path(__file__).with_name("cdpo.py"))
+    return subprocess.Popen([sys.executable, *launcher, program, *flags], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_numbers_and_tensors(tmp_path):
+    flags = [*QUICK, "--save_minutes", "0.0001", "--output_dir"]
+    whole = start(*flags, str(tmp_path / "whole"))
+    assert whole.wait() == 0, whole.stderr.read()
+    moments = random.Random(0)
+    for attempt in range(6):
+        process = start(*flags, str(tmp_path / "killed"))
+        seen = set((tmp_path / "killed").rglob("*"))
+        time.sleep(4.0)  # imports
+        deadline = time.monotonic() + moments.uniform(0.0, 4.0)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert set((tmp_path / "killed").rglob("*")) != seen or attempt, "killed before it began"
+    last = start(*flags, str(tmp_path / "killed"))
+    assert last.wait() == 0, last.stderr.read()
+    assert (tmp_path / "killed" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
+    assert same_tensors(tensors_of(tmp_path / "killed"), tensors_of(tmp_path / "whole"))
+    assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_sigterm_leaves_with_143_and_the_same_command_goes_on(tmp_path):
+    process = start(*QUICK, "--output_dir", str(tmp_path / "o"))
+    while not (tmp_path / "o" / "sft").exists():
+        time.sleep(0.02)
+        assert process.poll() is None, process.stderr.read()
+    process.terminate()
+    assert process.wait() == 143
+    cdpo.main([*QUICK, "--output_dir", str(tmp_path / "o")])
+    assert "C-DPO" in rows_of(tmp_path / "o")
+
+
+def test_more_iterations_extend_a_finished_run_and_other_settings_are_refused(quick, tmp_path, capsys):
+    folder = shutil.copytree(quick, tmp_path / "o")
+    with pytest.raises(SystemExit) as refusal:
+        cdpo.main([*QUICK, "--output_dir", str(folder), "--beta", "0.5", "--seed", "3"])
+    message = capsys.readouterr().err
+    assert refusal.value.code == 2 and "beta was 1.0, is 0.5" in message and "seed was 0, is 3" in message
+    cdpo.main([*QUICK, "--output_dir", str(folder), "--iterations", "3"])
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (folder / "metrics.jsonl").read_text().startswith((quick / "metrics.jsonl").read_text())
+
+
+# --- Many processes, other precisions ---------------------------------------------------------------------------
+
+
+def test_two_processes_give_the_single_process_s_numbers(quick, tmp_path):
+    process = start(*QUICK, "--output_dir", str(tmp_path / "o"), processes=2)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    one, two = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (quick, tmp_path / "o"))
+    assert two[0]["dpo_loss"] == pytest.approx(one[0]["dpo_loss"], abs=1e-4)  # up to the first sampling
+    scores = [load_file(folder / "scores.safetensors") for folder in (quick, tmp_path / "o")]
+    for key in scores[0]:
+        assert torch.allclose(scores[0][key], scores[1][key], atol=2e-3), key
+    assert two[0]["cost_mean"] == pytest.approx(one[0]["cost_mean"], abs=0.02)
+    assert two[-1]["lambda"] == pytest.approx(one[-1]["lambda"], abs=0.1)
+    first, second = tensors_of(quick), tensors_of(tmp_path / "o")
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[key], second[key], atol=2e-2) for key in first)
+
+
+def test_bfloat16_reaches_the_same_conclusion(quick, tmp_path):
+    cdpo.main([*QUICK, "--output_dir", str(tmp_path / "o"), "--dtype", "bfloat16"])
+    one, two = rows_of(quick), rows_of(tmp_path / "o")
+    for name in one:
+        assert two[name]["cost_mean"] == pytest.approx(one[name]["cost_mean"], abs=0.15)
+    config = json.loads((tmp_path / "o" / "policy" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and all(v.dtype == torch.bfloat16 for v in tensors_of(tmp_path / "o").values())
+
+
+def test_llama_2_7b_has_the_parameters_and_optimizer_bytes_of_the_readme_s_table():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig())
+    assert model.num_parameters() == 6_738_415_616
+    assert len(max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)) == 32
+    assert round(16 * model.num_parameters() / 1e9) == 108
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "mix oil", "response_0": "read wait cut", "response_1": "push cut ask", "better_response_id": 0,
+        "safer_response_id": 1, "is_response_0_safe": False, "is_response_1_safe": True}
+
+
+def many(**changes):
+    """Forty good rows over twenty prompts, then one with changes."""
+    rows = [{**GOOD, "prompt": f"{verb} {noun}", "response_0": f"read wait {word}"}
+            for verb in cdpo.TINY_VERBS[:2] for noun in cdpo.TINY_NOUNS[:10] for word in ("cut", "ask")]
+    return rows + [{key: value for key, value in {**GOOD, **changes}.items() if value is not ...}]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+DATA = {  # name: (content of the dataset file, words of the message)
+    "a missing prompt": (lines(many(prompt=...)), "line 41: column prompt is missing"),
+    "a missing response": (lines(many(response_1=...)), "line 41: column response_1 is missing"),
+    "no help label": (lines(many(better_response_id=...)), "column better_response_id is missing"),
+    "no harm label": (lines(many(safer_response_id=...)), "column safer_response_id is missing"),
+    "no safety label": (lines(many(is_response_0_safe=...)), "column is_response_0_safe is missing"),
+    "a number for a prompt": (lines(many(prompt=3)), "line 41: prompt is 3; it must be text"),
+    "null for a response": (lines(many(response_0=None)), "response_0 is None; it must be text"),
+    "a list for a response": (lines(many(response_0=["a"])), "it must be text"),
+    "a label of 2": (lines(many(better_response_id=2)), "better_response_id is 2; it must be 0 or 1"),
+    "a label of -1": (lines(many(safer_response_id=-1)), "safer_response_id is -1"),
+    "a label of text": (lines(many(safer_response_id="1")), "safer_response_id is '1'; it must be 0 or 1"),
+    "a label of null": (lines(many(better_response_id=None)), "better_response_id is None"),
+    "safety as text": (lines(many(is_response_1_safe="yes")), "is_response_1_safe is 'yes'; it must be true or false"),
+    "a broken line": (lines(many()) + '{"prompt": \n', "line 42: invalid JSON"),
+    "a line of numbers": (lines(many()) + "17\n", "line 42: column prompt is missing"),
+    "a truncated file": (lines(many())[:-20], "line 41: invalid JSON"),
+    "an empty file": ("", "it is empty"),
+    "blank lines only": ("\n\n\n", "it is empty"),
+    "too few prompts": (lines([GOOD] * 3), "too few"),
+    "empty responses": (lines([{**GOOD, "response_0": " "}] * 40), "40 empty response"),
+    "identical responses": (lines([{**GOOD, "response_0": "ask", "response_1": "ask"}] * 40), "40 identical responses"),
+    "contradicting labels": (lines([{**GOOD, "safer_response_id": 0}] * 40), "40 'safer' response unsafe"),
+    "empty prompts": (lines([{**GOOD, "prompt": ""}] * 40), "40 empty prompt"),
+    "another encoding": ("\ufeff".encode("utf-16") + b"\xff\xfe\x00", "cannot be read: UnicodeDecodeError"),
+    "prompts too long": (lines([{**GOOD, "prompt": "mix " * 40 + noun} for noun in cdpo.TINY_NOUNS]),
+                         "with a prompt that fills --max_length"),
+}
+FLAGS = {  # name: (flags, words of the message)
+    "an unknown flag": (["--lamda", "1"], "unrecognized arguments: --lamda"),
+    "an abbreviated flag": (["--iter", "1"], "unrecognized arguments"),
+    "a word for a number": (["--beta", "big"], "invalid float value: 'big'"),
+    "a fraction for a count": (["--iterations", "1.5"], "invalid int value: '1.5'"),
+    "an unknown method": (["--method", "ppo"], "invalid choice: 'ppo'"),
+    "beta of zero": (["--beta", "0"], "--beta is 0.0; it must be above 0"),
+    "beta not a number": (["--beta", "nan"], "--beta is nan"),
+    "an infinite limit": (["--cost_limit", "inf"], "--cost_limit is inf"),
+    "no iterations": (["--iterations", "0"], "--iterations is 0; it must be at least 1"),
+    "a negative seed": (["--seed", "-1"], "--seed is -1"),
+    "a negative lambda": (["--lambdas", "0", "-0.5"], "--lambdas is -0.5"),
+    "a lambda twice": (["--lambdas", "0", "0.0"], "names a value twice"),
+    "a template without a prompt": (["--template", "Say:"], "--template must contain {prompt} once"),
+    "certainty": (["--cost_confidence", "1"], "--cost_confidence must be below 1"),
+    "one sample for Newton": (["--lambda_samples", "1"], "--lambda_samples of 2 or more"),
+    "a given lambda for MoCAN": (["--method", "mocan", "--lambda_init", "1"], "--lambda_init excludes"),
+    "PeCAN without a margin": (["--method", "pecan"], "--method pecan needs --margin"),
+    "two references": (["--sft_model", "x", "--skip_sft"], "exclude each other"),
+    "no room for a prompt": (["--max_new_tokens", "32"], "leaves no room"),
+    "an empty name": (["--tokenizer", ""], "--tokenizer is empty"),
+    "no such dataset": (["--dataset", "/nowhere/x.jsonl"], "FileNotFoundError"),
+    "no such folder": (["--dataset", "./nowhere"], "cannot be read"),
+    "a table that is none": (["--dataset", "BAD.parquet"], "cannot be read"),
+    "no such model": (["--model", "/nowhere/model"], "--model /nowhere/model"),
+    "an unknown architecture": (["--model", '{"model_type": "perceptron"}'], "cannot be loaded"),
+    "a model that is no dictionary": (["--model", '{"model_type": '], "cannot be loaded"),
+    "no such reward model": (["--reward_model", "/nowhere/r"], "--reward_model /nowhere/r"),
+    "a score model without a head": (["--cost_model", "HEADLESS"], "no score_head.weight"),
+    "no such config": (["--config", "/nowhere.json"], "--config /nowhere.json"),
+    "a config with an unknown key": (["--config", "UNKNOWN.json"], "--lamda"),
+    "a config that is a list": (["--config", "LIST.json"], "one JSON object"),
+    "a config that is not JSON": (["--config", "BROKEN.json"], "must be a readable JSON file"),
+    "a config with a wrong type": (["--config", "TYPE.json"], "invalid int value"),
+    "an unreachable limit": (["--cost_limit", "-50", "--lambda_step", "newton"], "the lowest cost that the samples can reach"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "good.jsonl").write_text(lines(many()))
+    (folder / "BAD.parquet").write_text("no parquet")
+    (folder / "UNKNOWN.json").write_text('{"lamda": 1}')
+    (folder / "LIST.json").write_text("[]")
+    (folder / "BROKEN.json").write_text("{")
+    (folder / "TYPE.json").write_text('{"iterations": "many"}')
+    write_beaver(folder / "HEADLESS", True, False, "cost", head=False)
+    return folder
+
+
+def refusal_of(argv, capsys):
+    """The one line on standard error with which the program refuses."""
+    with pytest.raises(SystemExit) as refusal:
+        cdpo.main(argv)
+    captured = capsys.readouterr().err
+    assert refusal.value.code == 2, captured
+    assert captured.startswith("cdpo: ") and captured.count("\n") == 1 and "Traceback" not in captured, captured
+    return captured
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_bad_data_is_refused_in_one_line(case, bad_files, tmp_path, capsys):
+    content, words = DATA[case]
+    (tmp_path / "data.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    model = '{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}'
+    message = refusal_of(["--dataset", str(tmp_path / "data.jsonl"), "--model", model, "--max_length", "64",
+                          "--max_new_tokens", "8", "--output_dir", str(tmp_path / "o")], capsys)
+    assert words in message and str(tmp_path / "data.jsonl") in message
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_bad_settings_are_refused_in_one_line(case, bad_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(bad_files)
+    flags, words = FLAGS[case]
+    quick = [flag for flag in QUICK if flag not in ("--lambda_init", "1")]
+    message = refusal_of([*quick, "--output_dir", str(tmp_path / "o"), *flags], capsys)
+    assert words in message, message
+
+
+def test_a_refused_folder_keeps_every_file(quick, tmp_path, capsys):
+    foreign = tmp_path / "model"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "llama"}')
+    assert "not of a run of this program" in refusal_of([*QUICK, "--output_dir", str(foreign)], capsys)
+    assert "not of a run of this program" in refusal_of([*QUICK, "--output_dir", str(foreign), "--overwrite"], capsys)
+    assert (foreign / "config.json").read_text() == '{"model_type": "llama"}'
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    assert "is not empty" in refusal_of([*QUICK, "--output_dir", str(tmp_path / "notes")], capsys)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refusal_of([*QUICK, "--output_dir", str(tmp_path / "file")], capsys)
+    before = {f: f.read_bytes() for f in quick.rglob("*") if f.is_file()}
+    refusal_of([*QUICK, "--output_dir", str(quick), "--labels", "hard"], capsys)
+    assert {f: f.read_bytes() for f in quick.rglob("*") if f.is_file()} == before
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path, capsys):
+    process = start(*QUICK, "--output_dir", str(tmp_path / "o"))
+    while not (tmp_path / "o" / "config.json").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    try:
+        assert "another process" in refusal_of([*QUICK, "--output_dir", str(tmp_path / "o")], capsys)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_decoder_that_misreads_shared_rows_gets_separate_rows(tmp_path, capsys):
+    windowed = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 8, "initializer_range": 0.3}
+    cdpo.main([*QUICK, "--model", json.dumps(windowed), "--output_dir", str(tmp_path / "o"), "--iterations", "1"])
+    assert "row of its own" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cdpo.main([*QUICK, "--output_dir", str(tmp_path / "o"), "--sft_learning_rate", "1e30"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and "sft: loss or gradient is not finite at step" in message and "pairs [" in message
