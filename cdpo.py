@@ -22,6 +22,7 @@ parallelism, other optimizers, callbacks. Equation numbers are those of 2403.024
 import argparse
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -127,8 +128,8 @@ class Config:
     compare: list[str] = opt([], "further checkpoints to evaluate as rows of the same table")
 
 # Settings that extend a run instead of contradicting it, or that do not touch its numbers.
-EXTENDING = ("iterations compare lambdas eval_prompts eval_samples eval_dataset overwrite output_dir "
-             "save_minutes no_checkpoint").split()
+EXTENDING = ("iterations compare lambdas eval_prompts eval_samples overwrite output_dir save_minutes "
+             "no_checkpoint").split()
 BOUNDS = {  # lowest value: the settings it holds for
     1: "max_new_tokens lambda_samples iterations dpo_steps dual_prompts batch_size tokens_per_batch epochs "
        "max_steps eval_samples sample_batch",
@@ -213,8 +214,8 @@ def bradley_terry_loss(chosen, rejected):
 def cost_loss(worse, better, worse_sign, better_sign):
     """Cost loss, (5): ranks the *more harmful* response higher and puts the zero between unsafe and safe.
 
-    −log σ(c(worse) − c(better)) − log σ(s_worse·c(worse)) − log σ(s_better·c(better)); costs and signs (B,), a sign
-    is +1 for an unsafe response and −1 for a safe one → scalar mean, nats.
+    −log σ(c(worse) − c(better)) − log σ(s_worse·c(worse)) − log σ(s_better·c(better)); costs and signs (B,),
+    a sign is +1 for an unsafe response and −1 for a safe one → scalar mean, nats.
     """
     log_sigmoid = torch.nn.functional.logsigmoid
     signs = log_sigmoid(worse_sign * worse) + log_sigmoid(better_sign * better)
@@ -223,8 +224,9 @@ def cost_loss(worse, better, worse_sign, better_sign):
 def relabel(reward, cost, lam, mode="soft", generator=None):
     """P(y0 ≻ y1) under the Lagrangian reward r_λ = r − λ·c, (12).
 
-    reward, cost (B, 2), lam a number → (B,). "soft": σ(r_λ(y0) − r_λ(y1)), the expectation over labels; "sample":
-    0 or 1 drawn with it, the paper's letter; "hard": 0 or 1, the likelier, ties 0.5. ValueError for another mode.
+    reward, cost (B, 2), lam a number → (B,). "soft": σ(r_λ(y0) − r_λ(y1)), the expectation over labels;
+    "sample": 0 or 1 drawn with it, the paper's letter; "hard": 0 or 1, the likelier, ties 0.5. ValueError for
+    another mode.
     """
     r_lam = reward - lam * cost
     prob = torch.sigmoid(r_lam[:, 0] - r_lam[:, 1])
@@ -239,8 +241,8 @@ def relabel(reward, cost, lam, mode="soft", generator=None):
 def dpo_loss(policy_logps, ref_logps, prob, beta):
     """DPO loss on relabelled pairs, (13), in expectation over the label: −p·log σ(h) − (1−p)·log σ(−h).
 
-    h = β·[log π(y0)/π_ref(y0) − log π(y1)/π_ref(y1)]; logps (B, 2), prob (B,) = P(y0 ≻ y1) → scalar mean, nats.
-    With prob in {0, 1} it is DPO's own loss (Rafailov et al., arXiv 2305.18290).
+    h = β·[log π(y0)/π_ref(y0) − log π(y1)/π_ref(y1)]; logps (B, 2), prob (B,) = P(y0 ≻ y1) → scalar mean,
+    nats. With prob in {0, 1} it is DPO's own loss (Rafailov et al., arXiv 2305.18290).
     """
     log_ratio = policy_logps - ref_logps
     h = beta * (log_ratio[:, 0] - log_ratio[:, 1])
@@ -248,14 +250,16 @@ def dpo_loss(policy_logps, ref_logps, prob, beta):
     return -(prob * log_sigmoid(h) + (1 - prob) * log_sigmoid(-h)).mean()
 
 def lambda_step(lam, cost, cost_limit, lr):
-    """Projected gradient step on the dual, (14): max(0, λ − η·(C_limit − Ĵ_c)). Costs of any shape → float."""
+    """Projected gradient step on the dual, (14): max(0, λ − η·(C_limit − Ĵ_c)). Costs of any shape → float.
+    """
     return max(float(lam - lr * (cost_limit - cost.mean())), 0.0)  # this order lets a NaN through, not a 0
 
 def newton_lambda_step(lam, cost, cost_limit, beta, damping=0.5):
     """Damped Newton step on the dual: max(0, λ + damping·β·(Ĵ_c − C_limit) / E_x Var(c | x)).
 
-    The dual's curvature is E_x Var_{π_λ}(c | x)/β, so the step has no size to tune and does not depend on the cost
-    model's scale. cost (n prompts, m samples) → float. ValueError for m < 2, no variance, or a cost not finite.
+    The dual's curvature is E_x Var_{π_λ}(c | x)/β, so the step has no size to tune and does not depend on the
+    cost model's scale. cost (n prompts, m samples) → float. ValueError for m < 2, no variance, or a cost not
+    finite.
     """
     if cost.dim() != 2 or cost.shape[1] < 2:
         raise ValueError(f"newton_lambda_step: cost has shape {tuple(cost.shape)}; it needs 2 samples per prompt")
@@ -267,7 +271,8 @@ def newton_lambda_step(lam, cost, cost_limit, beta, damping=0.5):
 def dual_value(reward, cost, lam, beta, cost_limit):
     """Dual function in closed form, (9): g(λ) = β·E_x log E_{y∼π_ref} exp((r − λ·(c − C_limit))/β).
 
-    reward, cost (n prompts, m samples of π_ref) → scalar; convex in λ, slope C_limit − E_{π_λ}[c] (2405.19544).
+    reward, cost (n prompts, m samples of π_ref) → scalar; convex in λ, slope C_limit − E_{π_λ}[c]
+    (2405.19544).
     """
     exponent = (reward - lam * (cost - cost_limit)) / beta
     samples = exponent.new_tensor(exponent.shape[1])
@@ -276,9 +281,9 @@ def dual_value(reward, cost, lam, beta, cost_limit):
 def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0):
     """The λ* ≥ 0 that minimises dual_value: the least λ whose reweighted cost E_{π_λ}[c] meets the limit.
 
-    reward, cost (n, m): scores of m samples of π_ref for each of n prompts → float. The reweighted cost falls as λ
-    grows, so float64 bisection finds it at any scale of the scores. 0 where the constraint is slack. ValueError
-    when a score is not finite, or when no λ ≤ lam_max meets the limit.
+    reward, cost (n, m): scores of m samples of π_ref for each of n prompts → float. The reweighted cost falls
+    as λ grows, so float64 bisection finds it at any scale of the scores. 0 where the constraint is slack.
+    ValueError when a score is not finite, or when no λ ≤ lam_max meets the limit.
     """
     reward, cost = reward.double(), cost.double()
     if not (torch.isfinite(reward).all() and torch.isfinite(cost).all()):
@@ -300,7 +305,8 @@ def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0):
     return high
 
 def implicit_reward(policy_logps, ref_logps, beta):
-    """β·log π(y|x)/π_ref(y|x): the reward, up to a constant of x, that a DPO policy stands for. Any one shape.
+    """β·log π(y|x)/π_ref(y|x): the reward, up to a constant of x, that a DPO policy stands for. Any one
+    shape.
 
     PeCAN takes it from a helpful-only policy as r and from a safe-only policy as −c.
     """
@@ -321,8 +327,8 @@ def ci95(values):
 def predict(reward, cost, lam, beta, resamples=200):
     """What π_λ would earn and cost, from samples of π_ref alone (n, m), before any training (2405.19544).
 
-    → dict: reward, cost, their bootstrap 95% intervals over prompts, and the mean effective sample size per prompt:
-    near 1 the weights rest on one sample and the prediction, its interval included, means little.
+    → dict: reward, cost, their bootstrap 95% intervals over prompts, and the mean effective sample size per
+    prompt: near 1 the weights rest on one sample and the prediction, its interval included, means little.
     """
     weights = torch.softmax((reward - lam * cost).double() / beta, dim=1)
     means = torch.stack([(weights * reward).sum(dim=1), (weights * cost).sum(dim=1)])  # (2, n)
@@ -369,7 +375,8 @@ def tiny_truth(prompt, response):
     return sum(score[0] for score in scores) - 2.0 * malformed, sum(score[1] for score in scores) + 0.9
 
 def tiny_rows(count, seed):
-    """Rows of the tiny world, labelled at random by the Bradley–Terry models of (1) and (5) on the true scores."""
+    """Rows of the tiny world, labelled at random by the Bradley–Terry models of (1) and (5) on the true
+    scores."""
     rng, rows = random.Random(seed), []
 
     def draw_label(logit):
@@ -404,14 +411,13 @@ def read_rows(source, flag, seed):
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(rows, list):
                 refuse(f"--{flag} {source}: must hold a JSON list of rows, one object each")
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet
+            rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
             import datasets
-            if path.suffix == ".parquet":
-                rows = datasets.Dataset.from_parquet(source, keep_in_memory=True, cache_dir="/nonexistent")
-            elif path.exists() or re.match(r"[./~]", source):
-                rows = datasets.load_from_disk(source)
-            else:
-                rows = datasets.load_dataset(source)
+            local = path.exists() or re.match(r"[./~]", source)
+            rows = datasets.load_from_disk(source) if local else datasets.load_dataset(source)
             rows = rows.get("train", next(iter(rows.values()))) if isinstance(rows, dict) else rows
             rows = rows.to_list()
         return [(f"row {number}", row) for number, row in enumerate(rows)]
@@ -458,11 +464,12 @@ def usable(pairs, source, flag, skipped, also=""):
     return pairs
 
 def encode(tokenizer, template, texts, max_length):
-    """Tokens of (prompt, response, ended) → [(prompt_ids, response_ids)], and how many were cut or misaligned.
+    """Tokens of (prompt, response, ended) → [(prompt_ids, response_ids)], and how many were cut or
+    misaligned.
 
-    Prompt and response are encoded joined, as they will be read, and cut where the prompt's own tokens end; where
-    those are no prefix of the whole, the response is encoded by itself. The end-of-sequence token follows a
-    response that ended by itself and is not cut to max_length.
+    Prompt and response are encoded joined, as they will be read, and cut where the prompt's own tokens end;
+    where those are no prefix of the whole, the response is encoded by itself. The end-of-sequence token
+    follows a response that ended by itself and is not cut to max_length.
     """
     bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
     ids, encoded, counts = {}, [], Counter()
@@ -488,19 +495,18 @@ def with_ids(pairs, tokenizer, template, max_length):
     return [(*encoded[i], encoded[i + 1][1]) for i in range(0, len(encoded), 2)], counts
 
 def split_by_prompt(pairs, eval_pairs, cfg):
-    """Pairs of the table's prompts, of the prompts for the λ step, and to train on: disjoint by prompt, not by row.
+    """Pairs of the table's prompts, of the prompts for the λ step, and to train on: disjoint by prompt, not
+    by row.
 
-    Neither held-out set takes more than a fifth of the dataset's prompts.
+    A fifth of the prompts is held out for the table, however many it then uses, and at most a fifth for λ.
     """
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
-    fifth, order = len(prompts) // 5, torch.randperm(len(prompts), generator=seeded("split", cfg.seed)).tolist()
-    if eval_pairs:
-        table = set(list(dict.fromkeys(pair.prompt for pair in eval_pairs))[: cfg.eval_prompts])
-    else:
-        table = {prompts[i] for i in order[: min(cfg.eval_prompts, fifth)]}
-    order = [prompts[i] for i in order if prompts[i] not in table]
-    steering = set(order[: min(cfg.lambda_prompts, fifth)])
-    train = [pair for pair in pairs if pair.prompt not in table | steering]
+    order = [prompts[i] for i in torch.randperm(len(prompts), generator=seeded("split", cfg.seed)).tolist()]
+    fifth = len(prompts) // 5
+    held_out = list(dict.fromkeys(pair.prompt for pair in eval_pairs)) if eval_pairs else order[:fifth]
+    order = [prompt for prompt in order if prompt not in set(held_out)]
+    table, steering = set(held_out[: cfg.eval_prompts]), set(order[: min(cfg.lambda_prompts, fifth)])
+    train = [pair for pair in pairs if pair.prompt not in {*held_out, *steering}]
     if len(table) < 2 or len(steering) < 2 or not train:
         refuse(f"--dataset {cfg.dataset}: its {len(prompts)} prompts are too few to hold some out; give 10 or more")
     return [p for p in eval_pairs or pairs if p.prompt in table], [p for p in pairs if p.prompt in steering], train
@@ -512,12 +518,12 @@ def split_by_prompt(pairs, eval_pairs, cfg):
 def collate_pairs(pairs, pad_id=0, shared=True):
     """[(prompt_ids, y0_ids, y1_ids), …] → a batch of shared-prompt rows prompt + y0 + y1, for any decoder.
 
-    Position ids of y1 restart at the prompt's end, and a token sees what is before it in the prompt and in its own
-    response only. Ids are taken as they are: who made them put the end-of-sequence token in. → dict of input_ids,
-    position_ids (B, L); attention_mask (B, 1, L, L) bool; and, as indices into the B·L tokens, `source` (N,), where
-    the N response tokens `target` (N,) are predicted, `owner` (N,), the response 2·row + i that each belongs to, and
-    `last` (2B,), the last token of each response. shared=False: a row per response, mask (2B, L). ValueError for an
-    empty prompt.
+    Position ids of y1 restart at the prompt's end, and a token sees what is before it in the prompt and in
+    its own response only. Ids are taken as they are: who made them put the end-of-sequence token in. → dict
+    of input_ids, position_ids (B, L); attention_mask (B, 1, L, L) bool; and, as indices into the B·L tokens,
+    `source` (N,), where the N response tokens `target` (N,) are predicted, `owner` (N,), the response 2·row +
+    i that each belongs to, and `last` (2B,), the last token of each response. shared=False: a row per
+    response, mask (2B, L). ValueError for an empty prompt.
     """
     rows = [(p, (y0, y1)) for p, y0, y1 in pairs] if shared else [(p, (y,)) for p, *ys in pairs for y in ys]
     width = max(len(prompt) + sum(map(len, ys)) for prompt, ys in rows)
@@ -551,10 +557,12 @@ def collate_pairs(pairs, pad_id=0, shared=True):
             **{name: torch.tensor(values, dtype=torch.long) for name, values in index.items()}}
 
 def sequence_logps(model, batch):
-    """log π(y | x) of both responses of each pair: sums over response tokens, nats, (B, 2) float32, differentiable.
+    """log π(y | x) of both responses of each pair: sums over response tokens, nats, (B, 2) float32,
+    differentiable.
 
-    model is a causal LM of transformers. Only hidden states that predict response tokens meet the vocabulary, in
-    chunks, so that no (tokens × vocabulary) float32 tensor is ever whole; the log-softmax is float32 always.
+    model is a causal LM of transformers. Only hidden states that predict response tokens meet the vocabulary,
+    in chunks, so that no (tokens × vocabulary) float32 tensor is ever whole; the log-softmax is float32
+    always.
     """
     device = next(model.parameters()).device
     batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
@@ -575,10 +583,11 @@ def sequence_logps(model, batch):
     return sums.index_add(0, batch["owner"], torch.cat(logps)).view(-1, 2)
 
 def cut(ids, budget, ranks=1):
-    """Numbers of the rows `ids`, sorted by length, in groups of about equally many tokens, at most about `budget`.
+    """Numbers of the rows `ids`, sorted by length, in groups of about equally many tokens, at most about
+    `budget`.
 
-    The number of groups is a multiple of `ranks`; some may be empty. The longest come first, so that a group too
-    large for the memory shows at once.
+    The number of groups is a multiple of `ranks`; some may be empty. The longest come first, so that a group
+    too large for the memory shows at once.
     """
     lengths, before = [sum(map(len, parts)) for parts in ids], 0
     groups = [[] for _ in range(ranks * math.ceil(sum(lengths) / (budget * ranks)))]
@@ -588,7 +597,8 @@ def cut(ids, budget, ranks=1):
     return groups
 
 def draw(n, start, count, *key):
-    """Rows start … start + count of an endless stream of passes over n rows, each pass in an order of its own."""
+    """Rows start … start + count of an endless stream of passes over n rows, each pass in an order of its
+    own."""
     passes = range(start // n, (start + count - 1) // n + 1)
     stream = torch.cat([torch.randperm(n, generator=seeded("order", *key, k)) for k in passes])
     return stream[start % n :][:count].tolist()
@@ -600,8 +610,8 @@ def draw(n, start, count, *key):
 class ScoreModel(transformers.PreTrainedModel):
     """A decoder with a linear head on the last token's hidden state, in the layout of the Beaver checkpoints.
 
-    Tensors model.*, score_head.weight, score_head.bias and, for do_normalize, normalizer.mean and .var: a reward is
-    then (s − mean)/std and a cost s/std, which leaves the zero between safe and unsafe where it is.
+    Tensors model.*, score_head.weight, score_head.bias and, for do_normalize, normalizer.mean and .var: a
+    reward is then (s − mean)/std and a cost s/std, which leaves the zero between safe and unsafe where it is.
     """
 
     base_model_prefix = "model"
@@ -643,20 +653,23 @@ class ScoreModel(transformers.PreTrainedModel):
         return score.squeeze(-1)
 
     def forward(self, input_ids, attention_mask):
-        """input_ids, attention_mask (B, L), right-padded → (B,) float32, the score at the last attended token."""
+        """input_ids, attention_mask (B, L), right-padded → (B,) float32, the score at the last attended
+        token."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         last = attention_mask.long().sum(dim=1) - 1
         return self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
 
 def pair_scores(model, batch):
-    """Scores of both responses of each pair, read at their last tokens, (B, 2) float32, from a batch of rows."""
+    """Scores of both responses of each pair, read at their last tokens, (B, 2) float32, from a batch of rows.
+    """
     batch = {name: values.to(next(model.parameters()).device) for name, values in batch.items()}
     hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                          position_ids=batch["position_ids"], use_cache=False).last_hidden_state
     return model.score(hidden.flatten(0, 1)[batch["last"]]).view(-1, 2)
 
 class Root(nn.Module):
-    """A model whose own forward is `function(model, batch)`: FSDP2 has parameters whole only inside a forward."""
+    """A model whose own forward is `function(model, batch)`: FSDP2 has parameters whole only inside a
+    forward."""
 
     def __init__(self, model, function):
         super().__init__()
@@ -678,7 +691,8 @@ def device():
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 def attempt(load, source, flag, **kwargs):
-    """load(source), with one line in place of a traceback where a model, config or tokenizer cannot be had."""
+    """load(source), with one line in place of a traceback where a model, config or tokenizer cannot be had.
+    """
     try:
         return load(source, **kwargs)
     except Exception as error:  # transformers raises many kinds for a bad folder or name
@@ -711,7 +725,8 @@ def load_tokenizer(cfg):
     return tokenizer
 
 def load_model(source, cfg, flag="model", vocabulary=None):
-    """A causal LM or, for flag reward_model and cost_model, a ScoreModel: on CPU, in its own dtype, no dropout."""
+    """A causal LM or, for flag reward_model and cost_model, a ScoreModel: on CPU, in its own dtype, no
+    dropout."""
     source = str(source)
     if flag in ("reward_model", "cost_model"):
         return attempt(ScoreModel.from_pretrained, source, flag)
@@ -733,10 +748,11 @@ def inference_model(source, cfg, flag="model"):
     return load_model(source, cfg, flag).to(device(), getattr(torch, cfg.dtype)).eval().requires_grad_(False)
 
 def training_model(model, function, cfg, learning_rate):
-    """A Root of the model with float32 master weights, sharded where it is to be, and its AdamW → (root, optimizer).
+    """A Root of the model with float32 master weights, sharded where it is to be, and its AdamW → (root,
+    optimizer).
 
-    A laptop in float32 trains the plain model. Everything else, one GPU included, goes through FSDP2: its mixed
-    precision keeps compute and residual stream in bfloat16, and one block's bfloat16 copy at a time.
+    A laptop in float32 trains the plain model. Everything else, one GPU included, goes through FSDP2: its
+    mixed precision keeps compute and residual stream in bfloat16, and one block's bfloat16 copy at a time.
     """
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -779,23 +795,15 @@ def gather(value):
     dist.all_gather_object(values, value)
     return values
 
-class Terminated(SystemExit):
-    """SIGTERM: leave with 143, once the write under way is finished."""
-
-    writing = pending = False
-
-    @classmethod
-    def handle(cls, *_):
-        """The signal handler."""
-        cls.pending = True
-        if not cls.writing:
-            raise cls(143)
-
 @contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`; flushed to disk and renamed at the end, so `path` is whole or absent."""
-    path, Terminated.writing = Path(path), True
+    """Yield a temporary name beside `path`; flushed to disk and renamed at the end: `path` is whole or absent.
+
+    SIGTERM waits until the write is done.
+    """
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         if rank() == 0:
             remove(temporary)
@@ -811,9 +819,7 @@ def atomic(path):
             sync(path.parent)
         gather(None)
     finally:
-        Terminated.writing = False
-    if Terminated.pending:
-        raise Terminated(143)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 def sync(path):
     """Make a file or folder survive a power cut."""
@@ -838,7 +844,8 @@ def fingerprint(*things):
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 def cached(file, source, compute):
-    """A dictionary of tensors: read from a safetensors file whose fingerprint matches, or computed and written."""
+    """A dictionary of tensors: read from a safetensors file whose fingerprint matches, or computed and
+    written."""
     if file.exists():
         with safe_open(file, "pt") as kept:
             if kept.metadata()["source"] == source:
@@ -894,7 +901,8 @@ def restore_training(job, name, root, optimizer, fresh):
     return state
 
 def export(root, tokenizer, path, cfg, **settings):
-    """Write a trained model as an ordinary Hugging Face folder in the dtype of compute, however it is sharded."""
+    """Write a trained model as an ordinary Hugging Face folder in the dtype of compute, however it is
+    sharded."""
     model, state = root.model, {}
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied weight once
     for name, value in model.state_dict().items():
@@ -913,48 +921,34 @@ def export(root, tokenizer, path, cfg, **settings):
 # ----------------------------------------------------------------------------------------------------
 # Training, scoring, sampling
 
-class Meter:
-    """Tokens, pairs, seconds, peak memory and, on a GPU, model FLOPs utilisation of a stretch of work.
+def throughput(model, ids, seconds, training):
+    """Pairs and tokens per second, peak memory and, on a GPU, model FLOPs utilisation (MFU) of a stretch of work.
 
     Model FLOPs of training: 6 × parameters × real tokens (the output head's × response tokens; input embeddings are
     not counted) + 12 × layers × width × attended keys; a third of that for inference. No credit for padding or
-    recomputation. The peak is that of a bfloat16 matrix product of size 8192, measured once.
+    recomputation. MFU is against a bfloat16 matrix product of size 8192, measured on this GPU.
     """
+    lengths = [[len(part) for part in parts] for parts in ids]
+    tokens, answers = (sum(sum(parts[k:]) for parts in lengths) for k in (0, 1))
+    numbers = {"pairs_per_second": len(ids) / seconds, "tokens_per_second": tokens / seconds, "peak_memory_gb":
+               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    if torch.cuda.is_available():
+        size = [sum(p.numel() for p in part.parameters()) if part is not None else 0
+                for part in (model, model.get_input_embeddings(), model.get_output_embeddings())]
+        body = size[0] - size[1] - (0 if model.config.tie_word_embeddings else size[2])
+        keys = sum(p * p / 2 + sum(y * p + y * y / 2 for y in ys) for p, *ys in lengths)
+        flops = body * tokens + size[2] * answers + 2 * model.config.num_hidden_layers * model.config.hidden_size * keys
+        numbers["mfu"] = (6 if training else 2) * flops / seconds / world() / matrix_rate()
+        numbers["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+    return numbers
 
-    peak = None
+def meter(numbers):
+    """The numbers of throughput() as text."""
+    text = "{pairs_per_second:,.1f} pairs/s, {tokens_per_second:,.0f} tokens/s, peak {peak_memory_gb:.2f} GB"
+    return (text + ", MFU {mfu:.0%}" * ("mfu" in numbers)).format(**numbers)
 
-    def __init__(self, model, training):
-        count = [sum(p.numel() for p in part.parameters()) if part is not None else 0
-                 for part in (model, model.get_input_embeddings(), model.get_output_embeddings())]
-        self.head, self.factor = count[2], 6 if training else 2
-        self.body = count[0] - count[1] - (0 if model.config.tie_word_embeddings else count[2])
-        self.attention = 2 * model.config.num_hidden_layers * model.config.hidden_size
-        self.pairs = self.tokens = self.flops = self.seconds = 0
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            Meter.peak = Meter.peak or matrix_rate()
-
-    def add(self, pairs, seconds):
-        """Count pairs of token ids that were run in so many seconds."""
-        for p, *ys in ([len(part) for part in ids] for ids in pairs):
-            keys = p * p / 2 + sum(y * p + y * y / 2 for y in ys)
-            self.tokens += p + sum(ys)
-            self.flops += self.factor * (self.body * (p + sum(ys)) + self.head * sum(ys) + self.attention * keys)
-        self.pairs, self.seconds = self.pairs + len(pairs), self.seconds + seconds
-
-    def numbers(self):
-        """The metrics of the stretch."""
-        gpu, seconds = torch.cuda.is_available(), max(self.seconds, 1e-9)
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        mfu = {"mfu": self.flops / seconds / world() / Meter.peak} if gpu else {}
-        return {"pairs_per_second": self.pairs / seconds, "tokens_per_second": self.tokens / seconds, **mfu,
-                "peak_memory_gb": (torch.cuda.max_memory_allocated() if gpu else host) / 1e9}
-
-    def __str__(self):
-        text = "{pairs_per_second:,.1f} pairs/s, {tokens_per_second:,.0f} tokens/s, peak {peak_memory_gb:.2f} GB"
-        text += f", {{mfu:.0%}} of the measured {Meter.peak / 1e12:.0f} TFLOP/s" if Meter.peak else ""
-        return text.format(**self.numbers())
-
+@functools.cache
 def matrix_rate():
     """FLOP/s of this GPU in a bfloat16 matrix product of size 8192."""
     a = torch.randn(8192, 8192, device=device(), dtype=torch.bfloat16)
@@ -971,12 +965,15 @@ def bar(iterable, title, **kwargs):
     return tqdm(iterable, desc=title, leave=False, disable=None if rank() == 0 else True, **kwargs)
 
 def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, state, decay=False):
-    """The one training loop: `order` holds the rows of each step, `loss_fn(outputs, rows)` → (mean loss, accuracy).
+    """The one training loop: `order` holds the rows of each step, `loss_fn(outputs, rows)` → (mean loss,
+    accuracy).
 
-    The rows of a step are cut into micro-batches by length, each weighed by its pairs, so that the gradient is the
-    step's mean whatever the cut and the number of processes. Returns a Meter; `state` gets step and sums.
+    The rows of a step are cut into micro-batches by length, each weighed by its pairs, so that the gradient
+    is the step's mean whatever the cut and the number of processes. Returns throughput(); `state` gets step and
+    sums.
     """
-    cfg, meter, saved = job.cfg, Meter(root.model, training=True), time.monotonic()
+    cfg, seconds, saved = job.cfg, 0.0, time.monotonic()
+    resumed = state["step"]
     for step in bar(range(state["step"], len(order)), name, initial=state["step"], total=len(order)):
         started, rows, losses, sums = time.perf_counter(), order[step], [], torch.zeros(2, device=device())
         warm = min(1.0, (state.get("steps_before", 0) + step + 1) / 10)
@@ -1003,12 +1000,14 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
         state.setdefault("first_loss", loss)
         state["step"], state["loss_sum"] = step + 1, state["loss_sum"] + loss
         state["accuracy_sum"] += accuracy
-        meter.add([pairs[i].ids for i in rows], time.perf_counter() - started)
+        seconds += time.perf_counter() - started
         if step + 1 < len(order) and gather(time.monotonic() - saved > 60 * cfg.save_minutes)[0]:
             save_training(job, name, root, optimizer, state)
             saved = time.monotonic()
-    say(f"{name}: {len(order)} steps, mean loss {state['loss_sum'] / len(order):.4f}, {meter}")
-    return meter
+    done = [pairs[i].ids for rows in order[resumed:] for i in rows]
+    numbers = throughput(root.model, done, max(seconds, 1e-9), training=True)
+    say(f"{name}: {len(order)} steps, mean loss {state['loss_sum'] / len(order):.4f}, {meter(numbers)}")
+    return numbers
 
 def train_stage(job, name, load, function, learning_rate, steps, loss_fn, decay=True, **settings):
     """Train a model on the job's pairs into the folder `name`, unless it is there → the folder."""
@@ -1029,9 +1028,10 @@ def train_stage(job, name, load, function, learning_rate, steps, loss_fn, decay=
 
 @torch.inference_mode()
 def infer(job, path, ids, title, flag="model"):
-    """log π or scores of pairs of token ids by the model in a folder → (N, 2) float32, split over the processes."""
+    """log π or scores of pairs of token ids by the model in a folder → (N, 2) float32, split over the
+    processes."""
     model, function = inference_model(path, job.cfg, flag), sequence_logps if flag == "model" else pair_scores
-    outputs, meter, started = [], Meter(model, training=False), time.perf_counter()
+    outputs, started = [], time.perf_counter()
     for group in bar(cut(ids, job.cfg.tokens_per_batch)[rank()::world()], title):
         if group:
             batch = collate_pairs([ids[i] for i in group], job.pad_id, job.shared)
@@ -1039,18 +1039,19 @@ def infer(job, path, ids, title, flag="model"):
     result = torch.zeros(len(ids), 2)
     for group, values in sum(gather(outputs), []):
         result[group] = values
-    meter.add(ids, time.perf_counter() - started)
-    say(f"{title}: {meter}") if meter.seconds > 5 else None
+    if (seconds := time.perf_counter() - started) > 5:
+        say(f"{title}: {meter(throughput(model, ids, seconds, training=False))}")
     if not torch.isfinite(result).all():
         refuse(f"{path}: {title} is not finite for pair {int((~torch.isfinite(result)).any(dim=1).nonzero()[0])}")
     return result
 
 @torch.inference_mode()
 def sample(job, path, prompts, count, key, tokenizer):
-    """`count` responses from π itself (temperature 1, nothing cut off) to each prompt's ids → [[(ids, ended)]].
+    """`count` responses from π itself (temperature 1, nothing cut off) to each prompt's ids → [[(ids,
+    ended)]].
 
-    Fixed batches of prompts sorted by length, each seeded from (seed, key, batch), so that the number of processes
-    changes nothing; a prompt is prefilled once and its key-value cache repeated for its responses.
+    Fixed batches of prompts sorted by length, each seeded from (seed, key, batch), so that the number of
+    processes changes nothing; a prompt is prefilled once and its key-value cache repeated for its responses.
     """
     cfg, model, started = job.cfg, inference_model(path, job.cfg), time.perf_counter()
     order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, cfg.sample_batch // count)
@@ -1103,8 +1104,8 @@ def score(job, pairs, implicit, ref_logps=None):
 def measure(job, path, prompts, count, key, implicit):
     """Sample a policy and score it: the estimates behind every step of λ and every row of the table.
 
-    prompts is a list of texts → namespace of reward, cost, log_ratio to π_ref and length, all (n, count), and the
-    samples as pairs with their own scores, (N, 2).
+    prompts is a list of texts → namespace of reward, cost, log_ratio to π_ref and length, all (n, count), and
+    the samples as pairs with their own scores, (N, 2).
     """
     if job.cfg.max_steps:
         prompts = prompts[: max(2, job.cfg.max_steps * job.cfg.sample_batch // count)]
@@ -1152,7 +1153,7 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
         iteration, lam, started = state["iteration"], state["lambda"], time.perf_counter()
         pairs, (reward, cost, ref_logps), order, offline = pairs_of_iteration(job, state, steps)
         prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, iteration))                # (12)
-        meter = train(job, "policy", policy, optimizer, pairs, order, cfg.learning_rate,
+        numbers = train(job, "policy", policy, optimizer, pairs, order, cfg.learning_rate,
                       dpo_fit(ref_logps, prob, cfg.beta), state)                                            # (13)
         export(policy, job.tokenizer, job.out / f"iterate-{iteration}", cfg)
         found = measure(job, job.out / f"iterate-{iteration}", job.steering, cfg.lambda_samples,
@@ -1171,7 +1172,7 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
             "iteration": iteration, "lambda": lam, "cost_mean": cost_mean, "cost_ci95": ci95(found.cost),
             "reward_mean": reward_mean, "reward_ci95": ci95(found.reward), "kl": kl,
             "dpo_loss": state["loss_sum"] / len(order), "dpo_accuracy": state["accuracy_sum"] / len(order),
-            "first_dpo_loss": state["first_loss"], **meter.numbers(), "seconds": time.perf_counter() - started})
+            "first_dpo_loss": state["first_loss"], **numbers, "seconds": time.perf_counter() - started})
         if cfg.recycle and lambda_mode != "fixed":
             keep = [pair.ids[1] != pair.ids[2] for pair in found.pairs]
             state["fresh"] = [(p.prompt, p.responses, p.ids, p.ended) for p, kept in zip(found.pairs, keep) if kept]
@@ -1195,7 +1196,8 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
 def pairs_of_iteration(job, state, steps):
     """The dataset's pairs in their endless order, with the last iteration's samples mixed in once each.
 
-    → pairs, their scores (reward, cost, log π_ref), the rows of each step, and how many rows are the dataset's.
+    → pairs, their scores (reward, cost, log π_ref), the rows of each step, and how many rows are the
+    dataset's.
     """
     size, seed = job.cfg.batch_size, job.cfg.seed
     fresh = [Pair(x, tuple(ys), tuple(ids), tuple(ended)) for x, ys, ids, ended in state["fresh"]]
@@ -1209,7 +1211,8 @@ def pairs_of_iteration(job, state, steps):
     return job.train + fresh, scores, [rows[i : i + size] for i in range(0, len(rows), size)], offline
 
 def next_lambda(cfg, mode, lam, cost, cost_limit):
-    """λ after a dual step on the costs (n, m) of the policy's samples, shifted so that their mean is the estimate."""
+    """λ after a dual step on the costs (n, m) of the policy's samples, shifted so that their mean is the
+    estimate."""
     if mode == "fixed":
         return lam
     if mode == "newton":
@@ -1220,7 +1223,8 @@ def next_lambda(cfg, mode, lam, cost, cost_limit):
     return lambda_step(lam, cost, cost_limit, cfg.lambda_lr)                                                # (14)
 
 def start_lambda(job):
-    """The limit and the first λ: given, or in closed form on samples of π_ref. Says what the dual predicts."""
+    """The limit and the first λ: given, or in closed form on samples of π_ref. Says what the dual predicts.
+    """
     cfg, job.cost_limit, job.prediction = job.cfg, job.cfg.cost_limit, None
     if cfg.lambda_init is not None and cfg.margin is None or cfg.method == "dpo":
         return cfg.lambda_init or 0.0
@@ -1253,7 +1257,8 @@ def start_lambda(job):
 # Evaluation
 
 def evaluate(job, name, path, lam):
-    """One row of the table: the evaluation prompts' responses from the policy in a folder, scored; kept on disk."""
+    """One row of the table: the evaluation prompts' responses from the policy in a folder, scored; kept on
+    disk."""
     cfg, file = job.cfg, job.out / "rows" / f"{fingerprint(name)[:16]}.json"
     source = fingerprint(Path(path), name, lam, job.evaluation, cfg.eval_samples, cfg.max_new_tokens, job.models)
     if file.exists() and (kept := json.loads(file.read_text()))["source"] == source:
@@ -1298,10 +1303,11 @@ def markdown(rows):
 # The command
 
 def check_rows(job, source, flag="model"):
-    """Try the longest pair both ways: shared-prompt rows against the model's own forward on separate sequences.
+    """Try the longest pair both ways: shared-prompt rows against the model's own forward on separate
+    sequences.
 
-    Some decoders get a (B, 1, L, L) mask silently wrong (sliding windows shorter than the row): they fall back to a
-    row per response. Some scale or cap logits behind the head: they are refused.
+    Some decoders get a (B, 1, L, L) mask silently wrong (sliding windows shorter than the row): they fall
+    back to a row per response. Some scale or cap logits behind the head: they are refused.
     """
     model = inference_model(source, job.cfg, flag)
     ids = max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
@@ -1326,7 +1332,8 @@ def check_rows(job, source, flag="model"):
            "pair); use one such as Llama, Mistral, Qwen2 or GPT-2")
 
 def train_models(job):
-    """The reference policy and the models of reward and cost (for PeCAN the two policies), each unless given."""
+    """The reference policy and the models of reward and cost (for PeCAN the two policies), each unless given.
+    """
     cfg, bound = job.cfg, job.cfg.max_steps or 10**9
     steps = min(bound, cfg.epochs * math.ceil(len(job.train) / cfg.batch_size))
     mean_length = sum(len(y) for pair in job.train for y in pair.ids[1:]) / len(job.train)
@@ -1479,7 +1486,8 @@ def run_folder(cfg):
         lock.close() if lock else None
 
 def check_folder(out, settings, overwrite):
-    """Refuse a folder of something else, or of a run with other settings; with overwrite, empty a run's folder."""
+    """Refuse a folder of something else, or of a run with other settings; with overwrite, empty a run's
+    folder."""
     kept = None
     if (out / "config.json").exists():
         try:
@@ -1493,7 +1501,7 @@ def check_folder(out, settings, overwrite):
         ours = re.compile(r"(sft|base|reward_model|cost_model|helpful|safe|policy|training|rows|iterate-.*|lambda-.*"
                           r"|metrics.jsonl|results.json|samples.jsonl|.*\.safetensors|.*\.png)(\.tmp)?")
         list(map(remove, (f for f in out.iterdir() if ours.fullmatch(f.name))))
-    changed = [f"{key} was {kept[key]!r:.80}, is {value!r:.80}" for key, value in settings.items()
+    changed = [f"{key} was {kept.get(key)!r:.80}, is {value!r:.80}" for key, value in settings.items()
                if kept and not overwrite and key not in EXTENDING and kept.get(key) != value]
     if changed:
         refuse(f"--output_dir {out}: the run there has other settings ({'; '.join(changed)}); use those, name another "
@@ -1514,7 +1522,7 @@ def main(argv=None):
     if (gpu or many or cfg.dtype == "bfloat16") and not dist.is_initialized():
         alone = {} if many else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **alone)
-    signal.signal(signal.SIGTERM, Terminated.handle)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with run_folder(cfg) as out:
             run(SimpleNamespace(cfg=cfg, out=out))

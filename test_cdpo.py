@@ -746,6 +746,42 @@ def test_beaver_checkpoints_give_hand_computed_scores(tmp_path, bias, normalize,
     assert float(model(ids, torch.ones_like(ids))[0]) == pytest.approx(score, abs=1e-5)
 
 
+# --- Data -------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
+    import datasets
+    rows = [{key: bool(v) if key.startswith("is_") else v for key, v in row.items()} for row in cdpo.tiny_rows(30, 0)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "dictionary")
+    need = [key for key in rows[0] if key != "prompt"]
+    pairs = [cdpo.load_pairs(str(tmp_path / name), "dataset", need, 0)
+             for name in ("a.jsonl", "a.json", "a.parquet", "one", "dictionary")]
+    assert len(pairs[0]) > 25 and all(other == pairs[0] for other in pairs[1:])
+    usable = [row for row in rows if row["response_0"] != row["response_1"]]
+    assert [(p.prompt, p.responses, p.better) for p in pairs[0]] == [
+        (row["prompt"], (row["response_0"], row["response_1"]), row["better_response_id"]) for row in usable]
+    assert [p.signs for p in pairs[0]] == [tuple(-1 if row[f"is_response_{i}_safe"] else 1 for i in (0, 1)) for row in usable]
+
+
+def test_prompt_and_response_are_encoded_as_read_and_cut_at_the_prompt():
+    tokenizer = transformers.ByT5Tokenizer()  # appends </s> to whatever it encodes, which must not end a prompt
+    (prompt, response), (_, cut_short) = cdpo.encode(tokenizer, "Q {prompt}:", [("a", "bé", True), ("a", "b" * 50, True)], 9)[0]
+    assert [chr(i - 3) for i in prompt] == list("Q a:") and tokenizer.eos_token_id not in prompt
+    assert response == [ord("b") + 3, 0xC3 + 3, 0xA9 + 3, tokenizer.eos_token_id]
+    assert cut_short == [ord("b") + 3] * 5  # cut to nine tokens in all, and so without its end
+
+
+def test_no_prompt_of_the_table_or_of_the_lambda_step_is_trained_on(quick):
+    cfg = cdpo.Config(**json.loads((quick / "config.json").read_text()))
+    pairs = [cdpo.Pair(f"prompt {i // 3}", ("a", "b")) for i in range(300)]
+    table, steering, train = ({p.prompt for p in part} for part in cdpo.split_by_prompt(pairs, None, cfg))
+    assert not (table & steering or table & train or steering & train) and len(table) == 20
+
+
 # --- Interruptions ----------------------------------------------------------------------------------------------
 
 
