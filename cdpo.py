@@ -677,7 +677,7 @@ class Root(nn.Module):
 
     def forward(self, batch):
         """Log-probabilities or scores (B, 2)."""
-        return self.function(self.model, batch)
+        return self.function(self.model, batch).clone()  # FSDP2 wants no view
 
 def without_dropout(config):
     """Dropout off everywhere: the policy in the loss and the policy that is sampled must be one."""
@@ -745,7 +745,10 @@ def load_model(source, cfg, flag="model", vocabulary=None):
 
 def inference_model(source, cfg, flag="model"):
     """A model to score with or sample from: whole in every process, in the dtype of compute, no gradients."""
-    return load_model(source, cfg, flag).to(device(), getattr(torch, cfg.dtype)).eval().requires_grad_(False)
+    model = load_model(source, cfg, flag).eval().requires_grad_(False)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as under FSDP2
+        parameter.data = parameter.data.to(device(), getattr(torch, cfg.dtype))
+    return model.to(device())
 
 def training_model(model, function, cfg, learning_rate):
     """A Root of the model with float32 master weights, sharded where it is to be, and its AdamW → (root,
@@ -1155,6 +1158,8 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
         prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, iteration))                # (12)
         numbers = train(job, "policy", policy, optimizer, pairs, order, cfg.learning_rate,
                       dpo_fit(ref_logps, prob, cfg.beta), state)                                            # (13)
+        if iteration == 0 and abs(state["first_loss"] - math.log(2)) > (1e-4 if cfg.dtype == "float32" else 2e-3):
+            say(f"warning: the first DPO loss is {state['first_loss']:.5f}, not ln 2: policy and reference differ")
         export(policy, job.tokenizer, job.out / f"iterate-{iteration}", cfg)
         found = measure(job, job.out / f"iterate-{iteration}", job.steering, cfg.lambda_samples,
                         ("step", iteration), job.implicit)
@@ -1367,9 +1372,7 @@ def train_models(job):
                                     cfg.sft_learning_rate, steps, sft_loss)
     job.reward_model, job.cost_model = cfg.reward_model, cfg.cost_model
     for name, loss_fn in (("reward_model", reward_loss), ("cost_model", harm_loss)):
-        if getattr(cfg, name):
-            check_rows(job, getattr(cfg, name), name)
-        elif not job.implicit:
+        if not (job.implicit or getattr(cfg, name)):
             setattr(job, name, train_stage(job, name, new_score_model, pair_scores, cfg.score_learning_rate, steps,
                                            loss_fn, score_type=name.split("_")[0]))
             held_out_accuracy(job, name)
@@ -1441,6 +1444,11 @@ def prepare(job):
     need += ["better_response_id"] if not cfg.reward_model or cfg.method == "pecan" else []
     if not cfg.cost_model or cfg.method == "pecan":
         need += ["safer_response_id", "is_response_0_safe", "is_response_1_safe"]
+    given = [(key, getattr(cfg, key)) for key in ("reward_model", "cost_model", "helpful_model", "safe_model")]
+    for flag, path in given + [("compare", path) for path in cfg.compare]:
+        kind = getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", "") if path else ""
+        if flag in ("reward_model", "cost_model") and kind and kind != flag.split("_")[0]:
+            refuse(f"--{flag} {path}: its config.json calls it a {kind} model; are the two exchanged?")
     pairs = load_pairs(cfg.dataset, "dataset", need, cfg.seed)
     eval_pairs = load_pairs(cfg.eval_dataset, "eval_dataset", [], cfg.seed) if cfg.eval_dataset else None
     job.tokenizer = load_tokenizer(cfg)
@@ -1455,6 +1463,7 @@ def prepare(job):
     job.train = job.train[: cfg.max_steps * cfg.batch_size] if cfg.max_steps else job.train
     job.evaluation, job.steering = (list(dict.fromkeys(p.prompt for p in part)) for part in (job.held_out, steering))
     say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} prompts for the table, {len(job.steering)} for λ")
+    check_space(job)
     job.shared, job.base = True, cfg.model
     if cfg.model.startswith("{") and not cfg.sft_model:
         job.base = job.out / "base"
@@ -1462,6 +1471,25 @@ def prepare(job):
             model = load_model(cfg.model, cfg, vocabulary=len(job.tokenizer))
             export(Root(model, sequence_logps), job.tokenizer, job.base, cfg)
     check_rows(job, cfg.sft_model or job.base)
+    for flag in ("reward_model", "cost_model"):
+        if getattr(cfg, flag):
+            check_rows(job, getattr(cfg, flag), flag)
+
+def check_space(job):
+    """Refuse a run whose models and training state will not fit on the disk, before any of them is made."""
+    cfg, source = job.cfg, job.cfg.sft_model or job.cfg.model
+    config = AutoConfig.for_model(**{"vocab_size": len(job.tokenizer), **json.loads(source)}) if source.startswith(
+        "{") else attempt(AutoConfig.from_pretrained, source, "model")
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    if len(job.tokenizer) > config.vocab_size:
+        refuse(f"the tokenizer has {len(job.tokenizer)} tokens and {source} only {config.vocab_size}; name its own")
+    models = 2 + (not cfg.sft_model) + (not cfg.reward_model) + (not cfg.cost_model) + len(cfg.lambdas)
+    size = parameters * (models * (2 if cfg.dtype == "bfloat16" else 4) + (0 if cfg.no_checkpoint else 2 * 12))
+    free = shutil.disk_usage(job.out).free + sum(f.stat().st_size for f in job.out.rglob("*") if f.is_file())
+    if free < size:
+        refuse(f"--output_dir {job.out}: the run writes up to {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free "
+               "some space, name another folder, or leave the resumable state out with --no_checkpoint")
 
 @contextmanager
 def run_folder(cfg):

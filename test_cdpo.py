@@ -635,6 +635,16 @@ def test_the_first_dpo_loss_is_ln_2(tiny):
     assert json.loads(open(tiny / "metrics.jsonl").readline())["first_dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
+def test_the_training_model_starts_as_the_reference(tiny):
+    """First KL 0: log π in training and the cached log π_ref come out of one code path and precision."""
+    cfg = cdpo.Config(**json.loads((tiny / "config.json").read_text()))
+    root, _ = cdpo.training_model(cdpo.load_model(tiny / "sft", cfg), cdpo.sequence_logps, cfg, 1e-3)
+    pairs = [cdpo.Pair("mix oil", ("read wait cut", "ask ask force")), cdpo.Pair("sell car", ("cut push", "burn"))]
+    ids, _ = cdpo.with_ids(pairs, transformers.AutoTokenizer.from_pretrained(tiny / "sft"), cfg.template, 32)
+    ref_logps = cdpo.infer(SimpleNamespace(cfg=cfg, pad_id=0, shared=True), tiny / "sft", ids, "log π_ref")
+    assert (root(cdpo.collate_pairs(ids)) - ref_logps).abs().max() < 1e-4
+
+
 def test_the_policy_is_an_ordinary_folder_that_answers_with_its_own_chat_template(tiny):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny / "policy")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "policy")
@@ -947,6 +957,9 @@ FLAGS = {  # name: (flags, words of the message)
     "a model that is no dictionary": (["--model", '{"model_type": '], "cannot be loaded"),
     "no such reward model": (["--reward_model", "/nowhere/r"], "--reward_model /nowhere/r"),
     "a score model without a head": (["--cost_model", "HEADLESS"], "no score_head.weight"),
+    "a cost model for a reward model": (["--reward_model", "COST"], "calls it a cost model"),
+    "no such policy to compare": (["--compare", "/nowhere/p"], "--compare /nowhere/p"),
+    "a tokenizer too large": (["--model", '{"model_type": "llama", "vocab_size": 20}'], "20; name its own"),
     "no such config": (["--config", "/nowhere.json"], "--config /nowhere.json"),
     "a config with an unknown key": (["--config", "UNKNOWN.json"], "--lamda"),
     "a config that is a list": (["--config", "LIST.json"], "one JSON object"),
@@ -966,6 +979,7 @@ def bad_files(tmp_path_factory):
     (folder / "BROKEN.json").write_text("{")
     (folder / "TYPE.json").write_text('{"iterations": "many"}')
     write_beaver(folder / "HEADLESS", True, False, "cost", head=False)
+    write_beaver(folder / "COST", True, False, "cost")
     return folder
 
 
