@@ -724,20 +724,25 @@ def load_tokenizer(cfg):
         "{% endif %}{% endfor %}")
     return tokenizer
 
+def load_config(source, flag="model", vocabulary=None):
+    """The config of a folder, a hub name or a JSON dictionary, without dropout."""
+    def load(text):
+        if text.startswith("{"):
+            return AutoConfig.for_model(**{"vocab_size": vocabulary, **json.loads(text)})
+        return AutoConfig.from_pretrained(text)
+    return without_dropout(attempt(load, str(source), flag))
+
 def load_model(source, cfg, flag="model", vocabulary=None):
     """A causal LM or, for flag reward_model and cost_model, a ScoreModel: on CPU, in its own dtype, no
     dropout."""
     source = str(source)
     if flag in ("reward_model", "cost_model"):
         return attempt(ScoreModel.from_pretrained, source, flag)
-    if source.startswith("{"):
-        torch.manual_seed(cfg.seed)
-        model = attempt(lambda text: AutoModelForCausalLM.from_config(without_dropout(AutoConfig.for_model(
-            **{"vocab_size": vocabulary, **json.loads(text)})), attn_implementation="sdpa"), source, flag)
-    else:
-        config = without_dropout(attempt(AutoConfig.from_pretrained, source, flag))
-        model = attempt(AutoModelForCausalLM.from_pretrained, source, flag, config=config, dtype="auto",
-                        attn_implementation="sdpa")
+    config = load_config(source, flag, vocabulary)
+    torch.manual_seed(cfg.seed)  # for a model built from a dictionary
+    model = attempt(lambda _: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa") if source.startswith(
+        "{") else AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto",
+                                                       attn_implementation="sdpa"), source, flag)
     # generate() takes what it is not told from here: a checkpoint's top_k or repetition penalty must not leak in
     model.generation_config = transformers.GenerationConfig(
         **{key: getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
@@ -1478,8 +1483,7 @@ def prepare(job):
 def check_space(job):
     """Refuse a run whose models and training state will not fit on the disk, before any of them is made."""
     cfg, source = job.cfg, job.cfg.sft_model or job.cfg.model
-    config = AutoConfig.for_model(**{"vocab_size": len(job.tokenizer), **json.loads(source)}) if source.startswith(
-        "{") else attempt(AutoConfig.from_pretrained, source, "model")
+    config = load_config(source, vocabulary=len(job.tokenizer))
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     if len(job.tokenizer) > config.vocab_size:
