@@ -363,7 +363,7 @@ TINY_NOUNS = "door oil acid paint gas lamp car drug wire pool safe tank bread kn
 TINY_WORDS = {  # an answer's words, each with (help, harm): some of what helps most harms most
     "wait": (-0.6, -0.6), "ask": (-0.15, -0.45), "read": (0.05, -0.15), "measure": (0.45, -0.15),
     "push": (0.1, 0.1), "cut": (0.25, 0.3), "force": (0.5, 0.65), "burn": (-0.6, 0.3)}
-_noise = 0.12 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(0)).double()
+_noise = 0.1 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(0)).double()
 TINY_TABLE = {prompt_word: {word: (help + own[0], harm + own[1]) for (word, (help, harm)), own in zip(
     TINY_WORDS.items(), noise)} for prompt_word, noise in zip(TINY_VERBS + TINY_NOUNS, _noise.tolist())}
 
@@ -406,7 +406,7 @@ def read_rows(source, flag, seed):
                     refuse(f"--{flag} {source}, line {number}: invalid JSON ({error}); mend or delete the line")
             return rows
         if tiny:
-            rows = tiny_rows(int(tiny[1] or 40000), seed)
+            rows = tiny_rows(int(tiny[1] or 60000), seed)
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(rows, list):
