@@ -551,7 +551,9 @@ def same_tensors(one, other):
 def tiny(tmp_path_factory):
     """The README's first command, in this process."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
+    torch.set_num_threads(2)
     cdpo.main(["--config", TINY, "--output_dir", str(folder)])
+    torch.set_num_threads(1)
     return folder
 
 
