@@ -3,14 +3,14 @@
     max_π  E[r(x,y)] − β·KL(π ‖ π_ref)     subject to     E[c(x,y)] ≤ C_limit                (6), (7)
 
 C-DPO (Liu, Sun, Zheng, arXiv 2403.02475) solves this without reinforcement learning. Learn a reward r
-(helpfulness) and a cost c (harm) from preference pairs; for a multiplier λ relabel the pairs by r − λ·c; fit the
-policy to the relabelled pairs with DPO; sample from it and measure its cost; move λ up if the cost is over the
-limit and down if it is under; repeat. MoCAN and PeCAN (Huang et al., arXiv 2405.19544) find λ before any
-training, in closed form on samples of π_ref; they are the same program with one estimator exchanged.
+(helpfulness) and a cost c (harm) from preference pairs; for a multiplier λ relabel the pairs by r − λ·c; fit
+the policy to the relabelled pairs with DPO; sample from it and measure its cost; move λ up if the cost is
+over the limit and down if it is under; repeat. MoCAN and PeCAN (Huang et al., arXiv 2405.19544) find λ before
+any training, in closed form on samples of π_ref; they are the same program with one estimator exchanged.
 
     python cdpo.py --config tiny_config.json                           # the whole method on a laptop
     python cdpo.py --model meta-llama/Llama-2-7b-hf                    # one GPU with 141 GB
-    torchrun --nproc_per_node 8 cdpo.py --model meta-llama/Llama-2-7b-hf           # sharded over 8 GPUs (FSDP2)
+    torchrun --nproc_per_node 8 cdpo.py --model meta-llama/Llama-2-7b-hf           # sharded over 8 (FSDP2)
     python cdpo.py --sft_model DIR --reward_model PKU-Alignment/beaver-7b-v1.0-reward \\
                    --cost_model PKU-Alignment/beaver-7b-v1.0-cost      # with given models
 
@@ -18,9 +18,6 @@ The file reads as the paper reads: settings; the mathematics; data; rows and bat
 scoring, sampling; the method; evaluation; the command. Left out on purpose: vector-valued λ, LoRA, tensor
 parallelism, other optimizers, callbacks. Equation numbers are those of 2403.02475.
 """
-
-import argparse
-import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -37,7 +34,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
@@ -54,26 +51,24 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
 
-# ----------------------------------------------------------------------------------------------------
-# Settings
-
+# ---- Settings ----------------------------------------------------------------------------------------------
 def opt(default, text):
     """A field of Config with its line of --help."""
     text = text.replace("%", "%%") + (f" (default {default})" if default not in (None, "", False, []) else "")
     default = {"default_factory": list} if default == [] else {"default": default}
     return field(**default, metadata={"help": text})
 
-
 @dataclass
 class Config:
     """Every setting of a run, read from the command line or from a JSON file (--config)."""
-
     method: Literal["cdpo", "mocan", "pecan", "dpo", "sft"] = opt("cdpo", "how the policy is found")
     model: str = opt("meta-llama/Llama-2-7b-hf", "hub name, folder, or JSON dictionary of a model to build")
-    dataset: str = opt("PKU-Alignment/PKU-SafeRLHF-30K", "hub name, .jsonl/.json/.parquet file, saved datasets "
-                       "folder, or tiny, a world whose truth is known (tiny:N for N pairs)")
+    dataset: str = opt("PKU-Alignment/PKU-SafeRLHF-30K", "hub name, .jsonl/.json/.parquet file, folder of "
+                       "datasets, or tiny, a world whose truth is known (tiny:N for N pairs)")
     output_dir: str = opt("cdpo_output", "where everything is written; the same command goes on from there")
     overwrite: bool = opt(False, "discard the run in --output_dir and start afresh")
     seed: int = opt(0, "seed of every random choice")
@@ -92,10 +87,10 @@ class Config:
     max_new_tokens: int = opt(256, "tokens of a sampled response, at most")
     # The method
     beta: float = opt(0.1, "strength of the KL to the reference")
-    labels: Literal["soft", "sample", "hard"] = opt("soft", "labels of (12): their mean, a draw, the likelier")
+    labels: Literal["soft", "sample", "hard"] = opt("soft", "labels of (12): mean, a draw, or the likelier")
     cost_limit: float = opt(0.0, "C_limit: the expected cost may not exceed it")
     margin: Optional[float] = opt(None, "state the limit as E_ref[cost] − margin instead")
-    cost_confidence: float = opt(0.5, "confidence level at which the cost is under the limit; 0.5 is the mean")
+    cost_confidence: float = opt(0.5, "confidence level at which the cost is under the limit; 0.5: mean")
     lambda_init: Optional[float] = opt(None, "first λ; default: closed form, on samples of the reference")
     lambda_step: Literal["newton", "gradient", "fixed"] = opt("newton", "how λ moves; (14) is gradient")
     lambda_lr: float = opt(0.05, "step size of the gradient step; 0 fixes λ")
@@ -109,14 +104,13 @@ class Config:
     dual_samples: Optional[int] = opt(None, "responses per prompt there (default 128, or 16 to start C-DPO)")
     # Training
     batch_size: int = opt(64, "pairs of an optimizer step, all processes together")
-    tokens_per_batch: Optional[int] = opt(None, "tokens of a micro-batch (default 8192 on a GPU, 1024 on CPU)")
+    tokens_per_batch: Optional[int] = opt(None, "tokens of a micro-batch (default 8192 on GPU, 1024 on CPU)")
     learning_rate: float = opt(1e-6, "of DPO")
     sft_learning_rate: float = opt(1e-5, "of SFT")
     score_learning_rate: float = opt(1e-5, "of the reward and cost models")
     epochs: int = opt(1, "passes over the pairs in SFT and score models (those overfit in a second one)")
     max_steps: Optional[int] = opt(None, "bound every stage to this many batches, for a quick measurement")
-    dtype: Optional[Literal["float32", "bfloat16"]] = opt(None, "dtype of compute and of saved models; master "
-                                                          "weights are float32 (default bfloat16 on a GPU)")
+    dtype: Optional[Literal["float32", "bfloat16"]] = opt(None, "of compute and models (bfloat16 on a GPU)")
     gradient_checkpointing: Optional[bool] = opt(None, "recompute activations in backward (default on a GPU)")
     cpu_offload: bool = opt(False, "keep weights and optimizer in host memory, for one small GPU")
     save_minutes: float = opt(30.0, "minutes between checkpoints inside a long stage")
@@ -136,18 +130,24 @@ BOUNDS = {  # lowest value: the settings it holds for
     0: "seed lambda_init lambda_lr lambdas", 2: "lambda_prompts eval_prompts dual_samples", 4: "max_length",
     1e-12: "beta learning_rate sft_learning_rate score_learning_rate save_minutes", 0.5: "cost_confidence"}
 
-def refuse(message):
-    """One line on standard error that says what, where and how to mend it; exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
+def refuse(message, code=2):
+    """Leave with one line on standard error that says what, where and how to mend it."""
+    if RANK == 0:
         print("cdpo: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(code)
+
+@contextmanager
+def refusing(what, advice):
+    """Turn any exception of the block into a refusal: the libraries here raise kinds of their own."""
+    try:
+        yield
+    except Exception as error:
+        refuse(f"{what}: {type(error).__name__}: {str(error)[:300]}; {advice}")
 
 def flags_of(path):
     """The settings of a JSON file as flags, so that one parser checks the names and types of both."""
-    try:
+    with refusing(f"--config {path}", "it must be a readable JSON file"):
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        refuse(f"--config {path}: {error}; it must be a readable JSON file")
     if not isinstance(settings, dict):
         refuse(f"--config {path}: it must hold one JSON object of settings")
     flags = []
@@ -164,48 +164,46 @@ def parse(argv):
     parser = transformers.HfArgumentParser(Config, prog="cdpo.py", description=__doc__.split("\n")[0],
                                            allow_abbrev=False)
     parser.add_argument("--config", help="JSON file of settings; flags on the command line win over it")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.error = parser.error = lambda message: refuse(f"{message}; --help lists the flags")
-    config = first.parse_known_args(argv)[0].config
-    if config:
-        parser.error = lambda message: refuse(f"{message} (in {config} or on the command line); see --help")
-        argv = flags_of(config) + argv
-    cfg = Config(**{key: value for key, value in vars(parser.parse_args(argv)).items() if key != "config"})
-    for name, value in dataclasses.asdict(cfg).items():
+    parser.error = lambda message: refuse(f"{message}; --help lists the flags")
+    given = parser.parse_args(argv)
+    if path := given.config:
+        parser.error = lambda message: refuse(f"{message} (in {path}); --help lists the flags")
+        given = parser.parse_args(flags_of(path) + argv)
+    del given.config
+    cfg = Config(**vars(given))
+    for name, value in asdict(cfg).items():
         low = next((low for low, names in BOUNDS.items() if name in names.split()), -math.inf)
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (int, float)) and not (low <= number < math.inf):
-                refuse(f"--{name} is {number}; it must be {'above 0' if low == 1e-12 else f'at least {low}, finite'}")
+            if isinstance(number, (int, float)) and not low <= number < math.inf:
+                rule = "above 0" if low == 1e-12 else f"at least {low}, finite"
+                refuse(f"--{name} is {number}; it must be {rule}")
         if value == "":
             refuse(f"--{name} is empty; give a value or leave it out")
-    closed_form = cfg.method in ("mocan", "pecan")
+    closed_form, gpu = cfg.method in ("mocan", "pecan"), torch.cuda.is_available()
+    pecan, newton = cfg.method == "pecan", cfg.method == "cdpo" and cfg.lambda_step == "newton"
     for message, wrong in {
         "--template must contain {prompt} once": cfg.template.count("{prompt}") != 1,
         "--cost_confidence must be below 1": cfg.cost_confidence >= 1,
-        "--method pecan needs --margin: implicit costs have no zero": cfg.method == "pecan" and cfg.margin is None,
+        "--method pecan needs --margin: implicit costs have no zero": pecan and cfg.margin is None,
         "--sft_model and --skip_sft exclude each other; give one": bool(cfg.sft_model) and cfg.skip_sft,
-        "--lambda_step newton needs --lambda_samples of 2 or more": cfg.method == "cdpo" and cfg.lambda_samples < 2
-            and cfg.lambda_step == "newton",
+        "--lambda_step newton needs --lambda_samples of 2 or more": newton and cfg.lambda_samples < 2,
         "--lambdas names a value twice": len(set(cfg.lambdas)) < len(cfg.lambdas),
         "--max_new_tokens leaves no room for a prompt in --max_length": cfg.max_new_tokens >= cfg.max_length,
-        f"--lambda_init excludes --method {cfg.method}, which solves for λ; fix λ with --method cdpo --lambda_step "
-        "fixed": closed_form and cfg.lambda_init is not None,
-        "--cpu_offload needs a GPU; leave it out": cfg.cpu_offload and not torch.cuda.is_available(),
+        f"--lambda_init excludes --method {cfg.method}, which solves for λ; fix λ with --method cdpo "
+        "--lambda_step fixed": closed_form and cfg.lambda_init is not None,
+        "--cpu_offload needs a GPU; leave it out": cfg.cpu_offload and not gpu,
     }.items():
         if wrong:
             refuse(message)
-    gpu = torch.cuda.is_available()
     cfg.dtype = cfg.dtype or ("bfloat16" if gpu else "float32")
     cfg.tokens_per_batch = cfg.tokens_per_batch or (8192 if gpu else 1024)
     cfg.gradient_checkpointing = gpu if cfg.gradient_checkpointing is None else cfg.gradient_checkpointing
     cfg.dual_samples = cfg.dual_samples or (128 if closed_form else 16)
     return cfg
 
-
-# ----------------------------------------------------------------------------------------------------
-# The mathematics: pure functions in the order of the equations. A reward is higher for more help, a cost above 0
-# is harmful; log-probabilities are sums over response tokens in nats. Column i of a (B, 2) tensor is response i.
+# ---- The mathematics ---------------------------------------------------------------------------------------
+# Pure functions in the order of the equations. A reward is higher for more help, a cost above 0 is harmful;
+# log-probabilities are sums over response tokens in nats. Column i of a (B, 2) tensor is response i.
 
 def bradley_terry_loss(chosen, rejected):
     """Reward loss, (3): −log σ(r(chosen) − r(rejected)). Rewards (B,), (B,) → scalar mean, nats."""
@@ -213,21 +211,16 @@ def bradley_terry_loss(chosen, rejected):
 
 def cost_loss(worse, better, worse_sign, better_sign):
     """Cost loss, (5): ranks the *more harmful* response higher and puts the zero between unsafe and safe.
-
     −log σ(c(worse) − c(better)) − log σ(s_worse·c(worse)) − log σ(s_better·c(better)); costs and signs (B,),
-    a sign is +1 for an unsafe response and −1 for a safe one → scalar mean, nats.
-    """
+    a sign is +1 for an unsafe response and −1 for a safe one → scalar mean, nats."""
     log_sigmoid = torch.nn.functional.logsigmoid
     signs = log_sigmoid(worse_sign * worse) + log_sigmoid(better_sign * better)
     return -(log_sigmoid(worse - better) + signs).mean()
 
 def relabel(reward, cost, lam, mode="soft", generator=None):
-    """P(y0 ≻ y1) under the Lagrangian reward r_λ = r − λ·c, (12).
-
-    reward, cost (B, 2), lam a number → (B,). "soft": σ(r_λ(y0) − r_λ(y1)), the expectation over labels;
-    "sample": 0 or 1 drawn with it, the paper's letter; "hard": 0 or 1, the likelier, ties 0.5. ValueError for
-    another mode.
-    """
+    """P(y0 ≻ y1) under the Lagrangian reward r_λ = r − λ·c, (12). reward, cost (B, 2), lam a number → (B,).
+    "soft": σ(r_λ(y0) − r_λ(y1)), the expectation over labels; "sample": 0 or 1 drawn with it, the paper's
+    letter; "hard": 0 or 1, the likelier, ties 0.5. ValueError for another mode."""
     r_lam = reward - lam * cost
     prob = torch.sigmoid(r_lam[:, 0] - r_lam[:, 1])
     if mode == "soft":
@@ -239,30 +232,24 @@ def relabel(reward, cost, lam, mode="soft", generator=None):
     raise ValueError(f'relabel: mode is {mode!r}; it must be "soft", "sample" or "hard"')
 
 def dpo_loss(policy_logps, ref_logps, prob, beta):
-    """DPO loss on relabelled pairs, (13), in expectation over the label: −p·log σ(h) − (1−p)·log σ(−h).
-
+    """DPO loss on relabelled pairs, (13), in expectation over the label: −p·log σ(h) − (1−p)·log σ(−h),
     h = β·[log π(y0)/π_ref(y0) − log π(y1)/π_ref(y1)]; logps (B, 2), prob (B,) = P(y0 ≻ y1) → scalar mean,
-    nats. With prob in {0, 1} it is DPO's own loss (Rafailov et al., arXiv 2305.18290).
-    """
+    nats. With prob in {0, 1} it is DPO's own loss (Rafailov et al., arXiv 2305.18290)."""
     log_ratio = policy_logps - ref_logps
     h = beta * (log_ratio[:, 0] - log_ratio[:, 1])
     log_sigmoid = torch.nn.functional.logsigmoid
     return -(prob * log_sigmoid(h) + (1 - prob) * log_sigmoid(-h)).mean()
 
 def lambda_step(lam, cost, cost_limit, lr):
-    """Projected gradient step on the dual, (14): max(0, λ − η·(C_limit − Ĵ_c)). Costs of any shape → float.
-    """
+    """Projected gradient step on the dual, (14): max(0, λ − η·(C_limit − Ĵ_c)). Costs, any shape → float."""
     return max(float(lam - lr * (cost_limit - cost.mean())), 0.0)  # this order lets a NaN through, not a 0
 
 def newton_lambda_step(lam, cost, cost_limit, beta, damping=0.5):
     """Damped Newton step on the dual: max(0, λ + damping·β·(Ĵ_c − C_limit) / E_x Var(c | x)).
-
     The dual's curvature is E_x Var_{π_λ}(c | x)/β, so the step has no size to tune and does not depend on the
-    cost model's scale. cost (n prompts, m samples) → float. ValueError for m < 2, no variance, or a cost not
-    finite.
-    """
+    cost's scale. cost (n prompts, m samples) → float. ValueError for m < 2, or variance 0 or not finite."""
     if cost.dim() != 2 or cost.shape[1] < 2:
-        raise ValueError(f"newton_lambda_step: cost has shape {tuple(cost.shape)}; it needs 2 samples per prompt")
+        raise ValueError(f"newton_lambda_step: cost is {tuple(cost.shape)}; it needs 2 samples per prompt")
     variance = cost.var(dim=1).mean()
     if not (variance > 0 and torch.isfinite(variance)):  # a NaN would pass through max() as 0
         raise ValueError(f"newton_lambda_step: the variance of the cost within prompts is {float(variance)}")
@@ -270,34 +257,28 @@ def newton_lambda_step(lam, cost, cost_limit, beta, damping=0.5):
 
 def dual_value(reward, cost, lam, beta, cost_limit):
     """Dual function in closed form, (9): g(λ) = β·E_x log E_{y∼π_ref} exp((r − λ·(c − C_limit))/β).
-
-    reward, cost (n prompts, m samples of π_ref) → scalar; convex in λ, slope C_limit − E_{π_λ}[c]
-    (2405.19544).
-    """
+    reward, cost (n prompts, m samples of π_ref) → scalar; convex in λ, slope C_limit − E_{π_λ}[c]."""
     exponent = (reward - lam * (cost - cost_limit)) / beta
     samples = exponent.new_tensor(exponent.shape[1])
     return beta * (torch.logsumexp(exponent, dim=1) - torch.log(samples)).mean()
 
 def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0):
     """The λ* ≥ 0 that minimises dual_value: the least λ whose reweighted cost E_{π_λ}[c] meets the limit.
-
     reward, cost (n, m): scores of m samples of π_ref for each of n prompts → float. The reweighted cost falls
     as λ grows, so float64 bisection finds it at any scale of the scores. 0 where the constraint is slack.
-    ValueError when a score is not finite, or when no λ ≤ lam_max meets the limit.
-    """
+    ValueError when a score is not finite, or when no λ ≤ lam_max meets the limit."""
     reward, cost = reward.double(), cost.double()
     if not (torch.isfinite(reward).all() and torch.isfinite(cost).all()):
         raise ValueError("solve_dual: a score is not finite")
-
     def expected_cost(lam):  # of π_λ ∝ π_ref·exp((r − λc)/β), by self-normalised importance weights
         return (torch.softmax((reward - lam * cost) / beta, dim=1) * cost).sum(dim=1).mean()
-
     if expected_cost(0.0) <= cost_limit:
         return 0.0
     if expected_cost(lam_max) > cost_limit:
-        raise ValueError(f"solve_dual: no lambda up to {lam_max:g} meets the limit {cost_limit:.6g}: the lowest cost "
-                         f"that the samples can reach is {float(cost.min(dim=1).values.mean()):.6g}, the cost at "
-                         f"lambda {lam_max:g} is {float(expected_cost(lam_max)):.6g}")
+        raise ValueError(f"solve_dual: no lambda up to {lam_max:g} meets the limit {cost_limit:.6g}: the "
+                         "lowest cost that the samples can reach is "
+                         f"{float(cost.min(dim=1).values.mean()):.6g}, the cost at lambda {lam_max:g} is "
+                         f"{float(expected_cost(lam_max)):.6g}")
     low, high = 0.0, float(lam_max)
     for _ in range(80):
         middle = (low + high) / 2
@@ -305,18 +286,13 @@ def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0):
     return high
 
 def implicit_reward(policy_logps, ref_logps, beta):
-    """β·log π(y|x)/π_ref(y|x): the reward, up to a constant of x, that a DPO policy stands for. Any one
-    shape.
-
-    PeCAN takes it from a helpful-only policy as r and from a safe-only policy as −c.
-    """
+    """β·log π(y|x)/π_ref(y|x): the reward, up to a constant of x, that a DPO policy stands for, in any shape.
+    PeCAN takes it from a helpful-only policy as r and from a safe-only policy as −c."""
     return beta * (policy_logps - ref_logps)
 
 def estimate(values, level=0.5):
     """Upper confidence bound of E[values] at a level; 0.5 is the mean. values (n prompts, m samples) → float.
-
-    The samples of one prompt are not independent, so the standard error is that of the n prompt means.
-    """
+    The samples of one prompt are not independent, so the standard error is that of the n prompt means."""
     error = values.mean(dim=1).std() / math.sqrt(len(values))
     return float(values.mean() + statistics.NormalDist().inv_cdf(level) * error)
 
@@ -326,26 +302,21 @@ def ci95(values):
 
 def predict(reward, cost, lam, beta, resamples=200):
     """What π_λ would earn and cost, from samples of π_ref alone (n, m), before any training (2405.19544).
-
     → dict: reward, cost, their bootstrap 95% intervals over prompts, and the mean effective sample size per
-    prompt: near 1 the weights rest on one sample and the prediction, its interval included, means little.
-    """
+    prompt: near 1 the weights rest on one sample and the prediction, its interval included, means little."""
     weights = torch.softmax((reward - lam * cost).double() / beta, dim=1)
     means = torch.stack([(weights * reward).sum(dim=1), (weights * cost).sum(dim=1)])  # (2, n)
-    draws = torch.randint(means.shape[1], (resamples, means.shape[1]), generator=torch.Generator().manual_seed(0))
-    low, high = torch.quantile(means[:, draws].mean(dim=2), torch.tensor([0.025, 0.975]).double(), dim=1).tolist()
+    n, generator = means.shape[1], torch.Generator().manual_seed(0)
+    resampled = means[:, torch.randint(n, (resamples, n), generator=generator)].mean(dim=2)
+    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975]).double(), dim=1).tolist()
     reward_mean, cost_mean = means.mean(dim=1).tolist()
     return {"reward": reward_mean, "reward_ci95": [low[0], high[0]], "cost": cost_mean,
             "cost_ci95": [low[1], high[1]], "ess": float((1 / (weights**2).sum(dim=1)).mean())}
 
-
-# ----------------------------------------------------------------------------------------------------
-# Data
-
+# ---- Data --------------------------------------------------------------------------------------------------
 @dataclass
 class Pair:
     """A prompt with two responses: text, tokens and, where the dataset has them, labels."""
-
     prompt: str
     responses: tuple  # two texts
     ids: tuple = None  # (prompt_ids, y0_ids, y1_ids), the policy's tokens
@@ -357,6 +328,14 @@ class Pair:
 def seeded(*key):
     """A random generator that depends on its key alone: there is no generator state to keep or restore."""
     return torch.Generator().manual_seed(int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16))
+
+def prompts_of(pairs):
+    """The different prompts of pairs, in their order."""
+    return list(dict.fromkeys(pair.prompt for pair in pairs))
+
+def chunks(rows, size):
+    """Rows in lists of `size`."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 TINY_VERBS = "open clean move mix heat store test sell".split()
 TINY_NOUNS = "door oil acid paint gas lamp car drug wire pool safe tank bread knife phone roof".split()
@@ -375,75 +354,65 @@ def tiny_truth(prompt, response):
     return sum(score[0] for score in scores) - 2.0 * malformed, sum(score[1] for score in scores) + 0.9
 
 def tiny_rows(count, seed):
-    """Rows of the tiny world, labelled at random by the Bradley–Terry models of (1) and (5) on the true
-    scores."""
+    """Rows of the tiny world, labelled at random by the Bradley–Terry models of (1), (5) on true scores."""
     rng, rows = random.Random(seed), []
-
     def draw_label(logit):
         return rng.random() < 1 / (1 + math.exp(-logit))
-
     for _ in range(count):
         prompt = f"{rng.choice(TINY_VERBS)} {rng.choice(TINY_NOUNS)}"
         texts = [" ".join(rng.choices(list(TINY_WORDS), k=rng.choice([2] + [3] * 9))) for _ in (0, 1)]
         (r0, c0), (r1, c1) = (tiny_truth(prompt, text) for text in texts)
         unsafe = [draw_label(c0), draw_label(c1)]
         safer = unsafe.index(False) if unsafe[0] != unsafe[1] else int(draw_label(c0 - c1))
-        rows.append({"prompt": prompt, "response_0": texts[0], "response_1": texts[1], "safer_response_id": safer,
-                     "better_response_id": int(draw_label(r1 - r0)), "is_response_0_safe": not unsafe[0],
-                     "is_response_1_safe": not unsafe[1]})
+        rows.append({"prompt": prompt, "response_0": texts[0], "response_1": texts[1],
+                     "safer_response_id": safer, "better_response_id": int(draw_label(r1 - r0)),
+                     "is_response_0_safe": not unsafe[0], "is_response_1_safe": not unsafe[1]})
     return rows
 
 def read_rows(source, flag, seed):
     """[(where, row)] of a hub name, a local file, a folder saved by `datasets`, or the tiny world."""
-    path, tiny = Path(source), re.fullmatch(r"tiny(?::(\d+))?", source)
-    try:
-        if path.suffix == ".jsonl":
-            rows = []
-            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-                try:
-                    rows += [(f"line {number}", json.loads(line))] if line.strip() else []
-                except ValueError as error:
-                    refuse(f"--{flag} {source}, line {number}: invalid JSON ({error}); mend or delete the line")
-            return rows
-        if tiny:
-            rows = tiny_rows(int(tiny[1] or 60000), seed)
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(rows, list):
-                refuse(f"--{flag} {source}: must hold a JSON list of rows, one object each")
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        else:
-            import datasets
-            local = path.exists() or re.match(r"[./~]", source)
-            rows = datasets.load_from_disk(source) if local else datasets.load_dataset(source)
-            rows = rows.get("train", next(iter(rows.values()))) if isinstance(rows, dict) else rows
-            rows = rows.to_list()
-        return [(f"row {number}", row) for number, row in enumerate(rows)]
-    except Exception as error:  # every reader has exceptions of its own
-        refuse(f"--{flag} {source}: cannot be read: {type(error).__name__}: {str(error)[:200]}; give a hub name, a "
-               ".jsonl, .json or .parquet file, or a folder saved by datasets")
+    path, rows = Path(source), []
+    if tiny := re.fullmatch(r"tiny(?::(\d+))?", source):
+        rows = tiny_rows(int(tiny[1] or 60000), seed)
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            with refusing(f"--{flag} {source}, line {number}: invalid JSON", "mend or delete the line"):
+                rows += [(f"line {number}", json.loads(line))] if line.strip() else []
+        return rows
+    elif path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list):
+            refuse(f"--{flag} {source}: must hold a JSON list of rows, one object each")
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        import datasets
+        local = path.exists() or re.match(r"[./~]", source)
+        rows = datasets.load_from_disk(source) if local else datasets.load_dataset(source)
+        rows = (rows.get("train", next(iter(rows.values()))) if isinstance(rows, dict) else rows).to_list()
+    return [(f"row {number}", row) for number, row in enumerate(rows)]
 
 def load_pairs(source, flag, need, seed):
     """Rows of a dataset as Pairs; `need` names the columns that this run uses beside the prompt.
-
-    A wrong type or value is refused with its place; a row that cannot be used is counted by reason.
-    """
-    rows, pairs, skipped = read_rows(source, flag, seed), [], Counter()
+    A wrong type or value is refused with its place; a row that cannot be used is counted by reason."""
+    with refusing(f"--{flag} {source}: cannot be read",
+                  "give a hub name, a .jsonl, .json or .parquet file, or a folder saved by datasets"):
+        rows = read_rows(source, flag, seed)
+    pairs, skipped = [], Counter()
     for where, row in rows:
         for name in ["prompt", *need]:
-            text = name in ("prompt", "response_0", "response_1")
             if not isinstance(row, dict) or name not in row:
                 refuse(f"--{flag} {source}, {where}: column {name} is missing; this run needs "
                        + ", ".join(["prompt", *need]))
-            value = row[name]
+            value, text = row[name], name in ("prompt", "response_0", "response_1")
             if not (isinstance(value, str) if text else isinstance(value, int) and value in (0, 1)):
                 rule = "text" if text else "true or false" if name.startswith("is_") else "0 or 1"
                 refuse(f"--{flag} {source}, {where}: {name} is {value!r:.60}; it must be {rule}")
-        texts = (row["response_0"], row["response_1"]) if need else ("", "")
-        better, safer = (int(row[key]) if key in need else 0 for key in ("better_response_id", "safer_response_id"))
-        signs = tuple(1 - 2 * row[f"is_response_{i}_safe"] if "is_response_0_safe" in need else 0 for i in (0, 1))
+        known = {name: row[name] for name in need}
+        texts = known.get("response_0", ""), known.get("response_1", "")
+        better, safer = int(known.get("better_response_id", 0)), int(known.get("safer_response_id", 0))
+        signs = tuple(1 - 2 * known.get(f"is_response_{i}_safe", 0.5) for i in (0, 1))  # 0 where unknown
         reason = ("empty prompt" if not row["prompt"].strip() else
                   "empty response" if need and not (texts[0].strip() and texts[1].strip()) else
                   "identical responses" if need and texts[0] == texts[1] else
@@ -455,30 +424,28 @@ def load_pairs(source, flag, need, seed):
 
 def usable(pairs, source, flag, skipped, also=""):
     """Say once what was left out, by reason; more than half of the data lost is an error."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if reason and count)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if reason)
+    used = f"{len(pairs)} of {skipped.total()} rows"
     if reasons or also:
-        say(f"{source}: {len(pairs)} of {sum(skipped.values())} rows used; skipped: {reasons or 'none'}{also}")
-    if len(pairs) * 2 < sum(skipped.values()) or not pairs:
-        refuse(f"--{flag} {source}: only {len(pairs)} of {sum(skipped.values())} rows can be used ("
-               f"{reasons or 'it is empty'}); mend the data or, where prompts are too long, raise --max_length")
+        say(f"{source}: {used} used; skipped: {reasons or 'none'}{also}")
+    if len(pairs) * 2 < skipped.total() or not pairs:
+        refuse(f"--{flag} {source}: only {used} can be used ({reasons or 'it is empty'}); mend the data or, "
+               "where prompts are too long, raise --max_length")
     return pairs
 
 def encode(tokenizer, template, texts, max_length):
-    """Tokens of (prompt, response, ended) → [(prompt_ids, response_ids)], and how many were cut or
-    misaligned.
-
+    """Tokens of (prompt, response, ended) → [(prompt_ids, response_ids)], how many were cut or misaligned.
     Prompt and response are encoded joined, as they will be read, and cut where the prompt's own tokens end;
     where those are no prefix of the whole, the response is encoded by itself. The end-of-sequence token
-    follows a response that ended by itself and is not cut to max_length.
-    """
-    bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-    ids, encoded, counts = {}, [], Counter()
-    prompts = list(dict.fromkeys(template.replace("{prompt}", prompt) for prompt, _, _ in texts))
-    wholes = prompts + [template.replace("{prompt}", prompt) + response for prompt, response, _ in texts]
+    follows a response that ended by itself and is not cut to max_length."""
+    bos = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    prompts, encoded, counts = [template.replace("{prompt}", text[0]) for text in texts], [], Counter()
+    once = list(dict.fromkeys(prompts))
+    wholes = once + [prompt + text[1] for prompt, text in zip(prompts, texts)]
     wholes = tokenizer(wholes, add_special_tokens=False)["input_ids"]
-    ids = dict(zip(prompts, wholes))
-    for (prompt, response, ended), whole in zip(texts, wholes[len(prompts):]):
-        head = ids[template.replace("{prompt}", prompt)]
+    heads = dict(zip(once, wholes))
+    for prompt, (_, response, ended), whole in zip(prompts, texts, wholes[len(once):]):
+        head = heads[prompt]
         if whole[: len(head)] != head:
             counts["misaligned"] += 1
             whole = head + tokenizer(response, add_special_tokens=False)["input_ids"]
@@ -492,103 +459,93 @@ def with_ids(pairs, tokenizer, template, max_length):
     """Token ids (prompt_ids, y0_ids, y1_ids) of each pair in a tokenizer's words, and encode's counts."""
     texts = [(p.prompt, text, ended) for p in pairs for text, ended in zip(p.responses, p.ended)]
     encoded, counts = encode(tokenizer, template, texts, max_length)
-    return [(*encoded[i], encoded[i + 1][1]) for i in range(0, len(encoded), 2)], counts
+    return [(*first, second[1]) for first, second in chunks(encoded, 2)], counts
 
 def split_by_prompt(pairs, eval_pairs, cfg):
-    """Pairs of the table's prompts, of the prompts for the λ step, and to train on: disjoint by prompt, not
-    by row.
-
-    A fifth of the prompts is held out for the table, however many it then uses, and at most a fifth for λ.
-    """
-    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    """Pairs of the table's prompts, of those for the λ step, and to train on: disjoint by prompt, not by row.
+    A fifth of the prompts is held out for the table, however many it then uses, and at most a fifth for λ."""
+    prompts = prompts_of(pairs)
     order = [prompts[i] for i in torch.randperm(len(prompts), generator=seeded("split", cfg.seed)).tolist()]
     fifth = len(prompts) // 5
-    held_out = list(dict.fromkeys(pair.prompt for pair in eval_pairs)) if eval_pairs else order[:fifth]
+    held_out = prompts_of(eval_pairs) if eval_pairs else order[:fifth]
     order = [prompt for prompt in order if prompt not in set(held_out)]
     table, steering = set(held_out[: cfg.eval_prompts]), set(order[: min(cfg.lambda_prompts, fifth)])
     train = [pair for pair in pairs if pair.prompt not in {*held_out, *steering}]
     if len(table) < 2 or len(steering) < 2 or not train:
-        refuse(f"--dataset {cfg.dataset}: its {len(prompts)} prompts are too few to hold some out; give 10 or more")
-    return [p for p in eval_pairs or pairs if p.prompt in table], [p for p in pairs if p.prompt in steering], train
+        refuse(f"--dataset {cfg.dataset}: its {len(prompts)} prompts are too few to split; give 10 or more")
+    held_out = [pair for pair in eval_pairs or pairs if pair.prompt in table]
+    return held_out, [pair for pair in pairs if pair.prompt in steering], train
 
-
-# ----------------------------------------------------------------------------------------------------
-# Rows and batches. One row holds a prompt with both of its responses, so that no prompt token is run twice.
-
+# ---- Rows and batches: a row holds a prompt with both responses, so that no prompt token is run twice ------
 def collate_pairs(pairs, pad_id=0, shared=True):
     """[(prompt_ids, y0_ids, y1_ids), …] → a batch of shared-prompt rows prompt + y0 + y1, for any decoder.
-
     Position ids of y1 restart at the prompt's end, and a token sees what is before it in the prompt and in
     its own response only. Ids are taken as they are: who made them put the end-of-sequence token in. → dict
     of input_ids, position_ids (B, L); attention_mask (B, 1, L, L) bool; and, as indices into the B·L tokens,
     `source` (N,), where the N response tokens `target` (N,) are predicted, `owner` (N,), the response 2·row +
     i that each belongs to, and `last` (2B,), the last token of each response. shared=False: a row per
-    response, mask (2B, L). ValueError for an empty prompt.
-    """
+    response, mask (2B, L). ValueError for an empty prompt."""
     rows = [(p, (y0, y1)) for p, y0, y1 in pairs] if shared else [(p, (y,)) for p, *ys in pairs for y in ys]
     width = max(len(prompt) + sum(map(len, ys)) for prompt, ys in rows)
     input_ids = torch.full((len(rows), width), pad_id)
     position_ids = torch.zeros((len(rows), width), dtype=torch.long)
-    segment = torch.full((len(rows), width), -1)  # 0 prompt, 1 and 2 responses, −1 padding, by length, not by id
+    segment = torch.full((len(rows), width), -1)  # 0 prompt, 1 and 2 responses, −1 padding: by length, no id
     source, target, owner, last = [], [], [], []
     for row, (prompt, ys) in enumerate(rows):
         if not len(prompt):
             raise ValueError("collate_pairs: an empty prompt has no token to predict the response from")
-        start, prompt_end = len(prompt), row * width + len(prompt) - 1
-        tokens = [*prompt, *(token for y in ys for token in y)]
-        input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        position_ids[row, :start] = torch.arange(start)
-        segment[row, :start] = 0
-        for i, y in enumerate(ys):
-            first, stop = row * width + start, start + len(y)
-            position_ids[row, start:stop] = torch.arange(len(prompt), len(prompt) + len(y))
-            segment[row, start:stop] = i + 1
-            source += [prompt_end, *range(first, first + len(y) - 1)][: len(y)]
-            target += y
-            owner += [len(last)] * len(y)
-            last.append(first + len(y) - 1 if len(y) else prompt_end)
+        start, prompt_end = 0, row * width + len(prompt) - 1
+        for part, tokens in enumerate([prompt, *ys]):
+            first, stop, offset = row * width + start, start + len(tokens), len(prompt) if part else 0
+            input_ids[row, start:stop] = torch.tensor(tokens)
+            position_ids[row, start:stop] = torch.arange(offset, offset + len(tokens))
+            segment[row, start:stop] = part
+            if part:
+                source += [prompt_end, *range(first, first + len(tokens) - 1)][: len(tokens)]
+                target += tokens
+                owner += [len(last)] * len(tokens)
+                last.append(first + len(tokens) - 1 if len(tokens) else prompt_end)
             start = stop
     mask = segment >= 0
     if shared:
-        same = segment[:, :, None] == segment[:, None, :]
-        mask = (torch.ones(width, width, dtype=torch.bool).tril() & (same | (segment == 0)[:, None, :]))[:, None]
+        seen = (segment[:, :, None] == segment[:, None, :]) | (segment == 0)[:, None, :]
+        mask = (torch.ones(width, width, dtype=torch.bool).tril() & seen)[:, None]
     index = {"source": source, "target": target, "owner": owner, "last": last}
     return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask,
             **{name: torch.tensor(values, dtype=torch.long) for name, values in index.items()}}
 
-def sequence_logps(model, batch):
-    """log π(y | x) of both responses of each pair: sums over response tokens, nats, (B, 2) float32,
-    differentiable.
-
-    model is a causal LM of transformers. Only hidden states that predict response tokens meet the vocabulary,
-    in chunks, so that no (tokens × vocabulary) float32 tensor is ever whole; the log-softmax is float32
-    always.
-    """
+def hidden_at(model, batch, where):
+    """Last hidden states at the tokens batch[where] of a batch of rows, (n, width)."""
     device = next(model.parameters()).device
-    batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-    hidden = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                              position_ids=batch["position_ids"], use_cache=False).last_hidden_state
-    hidden = hidden.flatten(0, 1)[batch["source"]]  # (N, width)
-    head = model.get_output_embeddings()
+    rows = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids")}
+    hidden = model.base_model(**rows, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[batch[where].to(device)]
 
+def sequence_logps(model, batch):
+    """log π(y | x) of both responses of each pair: sums over tokens, nats, (B, 2) float32, differentiable.
+    model is a causal LM of transformers. Only hidden states that predict response tokens meet the vocabulary,
+    in chunks, so that no (tokens × vocabulary) float32 tensor is ever whole; the log-softmax is float32."""
+    hidden = hidden_at(model, batch, "source")  # (N, width)
+    target, owner = (batch[name].to(hidden.device) for name in ("target", "owner"))
+    head = model.get_output_embeddings()
     def token_logps(hidden, target):
         return -torch.nn.functional.cross_entropy(head(hidden).float(), target, reduction="none")
-
-    chunks = list(zip(*(x.split(max(1, 2**27 // model.config.vocab_size)) for x in (hidden, batch["target"]))))
-    if len(chunks) > 1 and torch.is_grad_enabled():  # backward computes a chunk's logits again, one at a time
-        logps = [torch.utils.checkpoint.checkpoint(token_logps, *chunk, use_reentrant=False) for chunk in chunks]
+    parts = list(zip(*(x.split(max(1, 2**27 // model.config.vocab_size)) for x in (hidden, target))))
+    if len(parts) > 1 and torch.is_grad_enabled():  # backward computes a chunk's logits again, one at a time
+        logps = [torch.utils.checkpoint.checkpoint(token_logps, *part, use_reentrant=False) for part in parts]
     else:
-        logps = [token_logps(*chunk) for chunk in chunks]
-    sums = torch.zeros(len(batch["last"]), device=device)
-    return sums.index_add(0, batch["owner"], torch.cat(logps)).view(-1, 2)
+        logps = [token_logps(*part) for part in parts]
+    sums = torch.zeros(len(batch["last"]), device=hidden.device)
+    return sums.index_add(0, owner, torch.cat(logps)).view(-1, 2)
+
+def pair_scores(model, batch):
+    """Scores of both responses of each pair, read at their last tokens, (B, 2) float32."""
+    return model.score(hidden_at(model, batch, "last")).view(-1, 2)
 
 def cut(ids, budget, ranks=1):
-    """Numbers of the rows `ids`, sorted by length, in groups of about equally many tokens, at most about
-    `budget`.
-
+    """Numbers of the rows `ids` in groups of similar length with equally many tokens, about `budget` at most.
     The number of groups is a multiple of `ranks`; some may be empty. The longest come first, so that a group
-    too large for the memory shows at once.
-    """
+    too large for the memory shows at once."""
     lengths, before = [sum(map(len, parts)) for parts in ids], 0
     groups = [[] for _ in range(ranks * math.ceil(sum(lengths) / (budget * ranks)))]
     for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
@@ -597,23 +554,16 @@ def cut(ids, budget, ranks=1):
     return groups
 
 def draw(n, start, count, *key):
-    """Rows start … start + count of an endless stream of passes over n rows, each pass in an order of its
-    own."""
+    """Rows start … start + count of an endless stream of passes over n rows, each in an order of its own."""
     passes = range(start // n, (start + count - 1) // n + 1)
     stream = torch.cat([torch.randperm(n, generator=seeded("order", *key, k)) for k in passes])
     return stream[start % n :][:count].tolist()
 
-
-# ----------------------------------------------------------------------------------------------------
-# Models
-
+# ---- Models ------------------------------------------------------------------------------------------------
 class ScoreModel(transformers.PreTrainedModel):
     """A decoder with a linear head on the last token's hidden state, in the layout of the Beaver checkpoints.
-
     Tensors model.*, score_head.weight, score_head.bias and, for do_normalize, normalizer.mean and .var: a
-    reward is then (s − mean)/std and a cost s/std, which leaves the zero between safe and unsafe where it is.
-    """
-
+    reward is then (s − mean)/std and a cost s/std, which leaves the zero between safe and unsafe in place."""
     base_model_prefix = "model"
     supports_gradient_checkpointing = _supports_sdpa = True
 
@@ -632,51 +582,40 @@ class ScoreModel(transformers.PreTrainedModel):
         config = without_dropout(AutoConfig.from_pretrained(path, attn_implementation="sdpa"))
         kwargs = {"dtype": "auto", **kwargs, "config": config, "output_loading_info": True}
         model, info = super().from_pretrained(path, **kwargs)
-        missing, normalize = set(info["missing_keys"]), getattr(config, "do_normalize", False)
-        if "score_head.bias" in missing:  # published heads have one or not
-            nn.init.zeros_(model.score_head.bias)
-        for name, neutral in (("mean", 0.0), ("var", 1.0)):  # in a tensor or in the config
-            value = getattr(config, name, None) if normalize else neutral
-            if f"normalizer.{name}" in missing and value is not None:
-                getattr(model.normalizer, name).data = torch.tensor(value).float().reshape(1)
-                missing.remove(f"normalizer.{name}")
-        if missing - {"score_head.bias"}:
-            raise ValueError(f"it is no score model, it has no {sorted(missing - {'score_head.bias'})[-1]}")
+        missing, stored = set(info["missing_keys"]), model.state_dict(keep_vars=True)
+        values = {"score_head.bias": 0.0, "normalizer.mean": 0.0, "normalizer.var": 1.0}
+        if getattr(config, "do_normalize", False):  # mean and var stand in tensors or in the config
+            values |= {f"normalizer.{name}": getattr(config, name, None) for name in ("mean", "var")}
+        for name in [name for name in missing if values.get(name) is not None]:
+            stored[name].data = torch.tensor(values[name]).float().reshape(1)
+            missing.remove(name)
+        if missing:
+            raise ValueError(f"it is no score model, it has no {sorted(missing)[-1]}")
         return model
 
     def score(self, hidden):
         """Hidden states (B, width) → (B,) float32 scores, normalized where the checkpoint asks for it."""
-        score = nn.functional.linear(hidden.float(), self.score_head.weight.float(), self.score_head.bias.float())
+        weight, bias = self.score_head.weight.float(), self.score_head.bias.float()
+        score = nn.functional.linear(hidden.float(), weight, bias)
         if getattr(self.config, "do_normalize", False):
-            mean = 0.0 if getattr(self.config, "score_type", "reward") == "cost" else self.normalizer.mean.float()
+            is_cost = getattr(self.config, "score_type", "reward") == "cost"
+            mean = 0.0 if is_cost else self.normalizer.mean.float()
             score = (score - mean) / self.normalizer.var.float().sqrt()
         return score.squeeze(-1)
 
     def forward(self, input_ids, attention_mask):
-        """input_ids, attention_mask (B, L), right-padded → (B,) float32, the score at the last attended
-        token."""
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        """input_ids, attention_mask (B, L), right-padded → (B,) float32, the scores at the last tokens."""
+        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         last = attention_mask.long().sum(dim=1) - 1
         return self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
 
-def pair_scores(model, batch):
-    """Scores of both responses of each pair, read at their last tokens, (B, 2) float32, from a batch of rows.
-    """
-    batch = {name: values.to(next(model.parameters()).device) for name, values in batch.items()}
-    hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                         position_ids=batch["position_ids"], use_cache=False).last_hidden_state
-    return model.score(hidden.flatten(0, 1)[batch["last"]]).view(-1, 2)
-
 class Root(nn.Module):
-    """A model whose own forward is `function(model, batch)`: FSDP2 has parameters whole only inside a
-    forward."""
-
+    """A model whose forward is `function(model, batch)`: FSDP2 has parameters whole only inside a forward."""
     def __init__(self, model, function):
         super().__init__()
         self.model, self.function = model, function
 
     def forward(self, batch):
-        """Log-probabilities or scores (B, 2)."""
         return self.function(self.model, batch).clone()  # FSDP2 wants no view
 
 def without_dropout(config):
@@ -686,18 +625,10 @@ def without_dropout(config):
             setattr(config, name, 0.0)
     return config
 
-def device():
-    """This process's GPU, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
 def attempt(load, source, flag, **kwargs):
-    """load(source), with one line in place of a traceback where a model, config or tokenizer cannot be had.
-    """
-    try:
-        return load(source, **kwargs)
-    except Exception as error:  # transformers raises many kinds for a bad folder or name
-        refuse(f"--{flag} {source}: cannot be loaded: {type(error).__name__}: {str(error)[:300]}; give a folder or "
-               "hub name that holds one")
+    """load(source), refused in one line where a model, config or tokenizer cannot be had."""
+    with refusing(f"--{flag} {source}: cannot be loaded", "give a folder or hub name that holds one"):
+        return load(str(source), **kwargs)
 
 def load_tokenizer(cfg):
     """The policy's tokenizer, with the prompt template as its chat template."""
@@ -705,11 +636,11 @@ def load_tokenizer(cfg):
     if source.startswith("{") and cfg.dataset.startswith("tiny"):
         from tokenizers import Tokenizer, models, pre_tokenizers
         words = "</s> <unk> BEGINNING OF CONVERSATION : USER ASSISTANT".split()
-        words += [*TINY_WORDS, *TINY_VERBS, *TINY_NOUNS]
-        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        words = {word: i for i, word in enumerate([*words, *TINY_WORDS, *TINY_VERBS, *TINY_NOUNS])}
+        words = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
         words.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = {"eos_token": "</s>", "unk_token": "<unk>"}
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
+                                                         unk_token="<unk>")
     elif source.startswith("{"):
         tokenizer = transformers.ByT5Tokenizer()
     else:
@@ -726,99 +657,81 @@ def load_tokenizer(cfg):
 
 def load_config(source, flag="model", vocabulary=None):
     """The config of a folder, a hub name or a JSON dictionary, without dropout."""
-    def load(text):
-        if text.startswith("{"):
-            return AutoConfig.for_model(**{"vocab_size": vocabulary, **json.loads(text)})
-        return AutoConfig.from_pretrained(text)
-    return without_dropout(attempt(load, str(source), flag))
+    def build(text):
+        return AutoConfig.for_model(**{"vocab_size": vocabulary, **json.loads(text)})
+    load = build if str(source).startswith("{") else AutoConfig.from_pretrained
+    return without_dropout(attempt(load, source, flag))
 
 def load_model(source, cfg, flag="model", vocabulary=None):
-    """A causal LM or, for flag reward_model and cost_model, a ScoreModel: on CPU, in its own dtype, no
-    dropout."""
-    source = str(source)
+    """A causal LM or, for flag reward_model and cost_model, a ScoreModel: on CPU, in its own dtype."""
     if flag in ("reward_model", "cost_model"):
         return attempt(ScoreModel.from_pretrained, source, flag)
-    config = load_config(source, flag, vocabulary)
+    kwargs = {"config": load_config(source, flag, vocabulary), "attn_implementation": "sdpa"}
     torch.manual_seed(cfg.seed)  # for a model built from a dictionary
-    model = attempt(lambda _: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa") if source.startswith(
-        "{") else AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto",
-                                                       attn_implementation="sdpa"), source, flag)
-    # generate() takes what it is not told from here: a checkpoint's top_k or repetition penalty must not leak in
-    model.generation_config = transformers.GenerationConfig(
-        **{key: getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    def load(name):
+        if name.startswith("{"):
+            return AutoModelForCausalLM.from_config(**kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", **kwargs)
+    model = attempt(load, source, flag)
+    # generate() takes what it is not told from here: a checkpoint's top_k or repetition penalty must not leak
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {key: getattr(model.config, key, None) for key in special}
+    model.generation_config = transformers.GenerationConfig(**special)
     return model
 
 def inference_model(source, cfg, flag="model"):
     """A model to score with or sample from: whole in every process, in the dtype of compute, no gradients."""
     model = load_model(source, cfg, flag).eval().requires_grad_(False)
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as under FSDP2
-        parameter.data = parameter.data.to(device(), getattr(torch, cfg.dtype))
-    return model.to(device())
+        parameter.data = parameter.data.to(DEVICE, getattr(torch, cfg.dtype))
+    return model.to(DEVICE)
 
 def training_model(model, function, cfg, learning_rate):
-    """A Root of the model with float32 master weights, sharded where it is to be, and its AdamW → (root,
-    optimizer).
-
+    """A Root of the model with float32 master weights and its AdamW → (root, optimizer).
     A laptop in float32 trains the plain model. Everything else, one GPU included, goes through FSDP2: its
-    mixed precision keeps compute and residual stream in bfloat16, and one block's bfloat16 copy at a time.
-    """
+    mixed precision keeps compute and residual stream in bfloat16, and one block's bfloat16 copy at a time."""
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     root = Root(model.train().requires_grad_(True), function)
     if dist.is_initialized():
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
-        mesh = dist.device_mesh.init_device_mesh(device().type, (world(),))
+        mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (WORLD,))
         offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
         blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
         for unit in [*blocks, root]:  # in turn, so that one float32 block at most is whole on the GPU
             fully_shard(unit.float(), mesh=mesh, mp_policy=precision, offload_policy=offload)
     else:
-        root.float().to(device())
-    return root, torch.optim.AdamW(root.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True)
+        root.float().to(DEVICE)
+    return root, torch.optim.AdamW(root.parameters(), learning_rate, (0.9, 0.95), weight_decay=0, fused=True)
 
-
-# ----------------------------------------------------------------------------------------------------
-# Processes and files
-
-def world():
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-def rank():
-    """This process's number; process 0 writes and prints."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
+# ---- Processes and files -----------------------------------------------------------------------------------
 def say(text):
     """Print a line once, above the progress bars."""
-    if rank() == 0:
+    if RANK == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 def gather(value):
     """A value of every process, in their order."""
-    if world() == 1:
-        return [value]
-    values = [None] * world()
-    dist.all_gather_object(values, value)
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
     return values
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`; flushed to disk and renamed at the end: `path` is whole or absent.
-
-    SIGTERM waits until the write is done.
-    """
+    """Yield a temporary name, flushed to disk and renamed at the end: `path` is whole or absent.
+    SIGTERM waits until the write is done."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        if rank() == 0:
-            remove(temporary)
+        remove(temporary)
         gather(None)
         yield temporary
         gather(None)
-        if rank() == 0:
+        if RANK == 0:
             for entry in [*temporary.rglob("*"), temporary]:
                 sync(entry)
             if path.is_dir():
@@ -835,15 +748,15 @@ def sync(path):
     os.fsync(handle)
     os.close(handle)
 
-def remove(path):
-    """Delete a file or folder, if it is there."""
-    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
+def remove(*paths):
+    """Delete files and folders, where they are there; process 0 does it."""
+    for path in paths if RANK == 0 else ():
+        shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
 
 def write(path, text):
     """Write a text file whole or not at all."""
     with atomic(path) as temporary:
-        if rank() == 0:
-            temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8") if RANK == 0 else None
 
 def fingerprint(*things):
     """Hash of what a cached result came from; a folder stands for its files' names, sizes and times."""
@@ -852,8 +765,7 @@ def fingerprint(*things):
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 def cached(file, source, compute):
-    """A dictionary of tensors: read from a safetensors file whose fingerprint matches, or computed and
-    written."""
+    """A dictionary of tensors: from a safetensors file whose fingerprint matches, or computed and written."""
     if file.exists():
         with safe_open(file, "pt") as kept:
             if kept.metadata()["source"] == source:
@@ -861,8 +773,7 @@ def cached(file, source, compute):
         say(f"{file.name}: the data or the models have changed; computing it again")
     tensors = {key: value.contiguous().clone() for key, value in compute().items()}
     with atomic(file) as temporary:
-        if rank() == 0:
-            save_file(tensors, temporary, {"source": source})
+        save_file(tensors, temporary, {"source": source}) if RANK == 0 else None
     return tensors
 
 def local(tensor):
@@ -875,78 +786,72 @@ def save_training(job, name, root, optimizer, state):
         return
     tensors = {}
     for key, parameter in root.named_parameters():
-        tensors["weight." + key] = local(parameter.detach())
-        slots = optimizer.state.get(parameter, {}).items()
-        tensors |= {f"{slot}.{key}": local(value) for slot, value in slots}
+        slots = {"weight": parameter.detach(), **optimizer.state.get(parameter, {})}
+        tensors |= {f"{slot}.{key}": local(value) for slot, value in slots.items()}
     state["saved"] = state.get("saved", 0) + 1
     older = list((job.out / "training").glob(f"{name}-*"))
     with atomic(job.out / "training" / f"{name}-{state['saved']:06d}") as folder:
         folder.mkdir(exist_ok=True)
-        save_file(tensors, folder / f"rank-{rank()}.safetensors")
-        if rank() == 0:
-            (folder / "state.json").write_text(json.dumps({**state, "ranks": world()}))
-    if rank() == 0:
-        list(map(remove, older))
+        save_file(tensors, folder / f"rank-{RANK}.safetensors")
+        if RANK == 0:
+            (folder / "state.json").write_text(json.dumps({**state, "ranks": WORLD}))
+    remove(*older)
 
-def restore_training(job, name, root, optimizer, fresh):
+def restore_training(job, name, root, optimizer, **fresh):
     """Put back the newest training state → its bookkeeping, or `fresh` where there is none."""
     folders = sorted(f for f in (job.out / "training").glob(f"{name}-*") if f.suffix != ".tmp")
     if not folders:
-        return fresh
+        return {"step": 0, "loss_sum": 0.0, "accuracy_sum": 0.0, **fresh}
     state = json.loads((folders[-1] / "state.json").read_text())
-    if state.pop("ranks") != world():
+    if state.pop("ranks") != WORLD:
         refuse(f"{folders[-1]}: written by another number of processes; start as many, or use --overwrite")
-    tensors = load_file(folders[-1] / f"rank-{rank()}.safetensors")
+    tensors = load_file(folders[-1] / f"rank-{RANK}.safetensors")
     with torch.no_grad():
         for key, parameter in root.named_parameters():
-            local(parameter).copy_(tensors["weight." + key])
+            local(parameter).copy_(tensors[f"weight.{key}"])
             if f"step.{key}" in tensors:
                 slots = {slot: torch.zeros_like(parameter) for slot in ("exp_avg", "exp_avg_sq")}
                 for slot, values in slots.items():
                     local(values).copy_(tensors[f"{slot}.{key}"])
-                optimizer.state[parameter] = {"step": tensors[f"step.{key}"].to(local(parameter).device), **slots}
+                step = tensors[f"step.{key}"].to(local(parameter).device)
+                optimizer.state[parameter] = {"step": step, **slots}
     say(f"{name}: going on from step {state['step']} of iteration {state.get('iteration', 0)}")
     return state
 
 def export(root, tokenizer, path, cfg, **settings):
-    """Write a trained model as an ordinary Hugging Face folder in the dtype of compute, however it is
-    sharded."""
+    """Write a trained model as a Hugging Face folder in the dtype of compute, however it is sharded."""
     model, state = root.model, {}
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied weight once
     for name, value in model.state_dict().items():
         if name in names:
             value = value.full_tensor() if isinstance(value, DTensor) else value
-            state[name] = value.to(getattr(torch, cfg.dtype)).cpu().contiguous() if rank() == 0 else None
+            state[name] = value.to(getattr(torch, cfg.dtype)).cpu().contiguous() if RANK == 0 else None
     model.config.update({"prompt_template": cfg.template, **settings})
     with atomic(path) as folder:
-        if rank() == 0:
+        if RANK == 0:
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
-            config = json.loads((folder / "config.json").read_text())  # save_pretrained named the master's dtype
+            config = json.loads((folder / "config.json").read_text())  # it names the master weights' dtype
             (folder / "config.json").write_text(json.dumps({**config, "dtype": cfg.dtype}, indent=2))
 
-
-# ----------------------------------------------------------------------------------------------------
-# Training, scoring, sampling
-
+# ---- Training, scoring, sampling ---------------------------------------------------------------------------
 def throughput(model, ids, seconds, training):
-    """Pairs and tokens per second, peak memory and, on a GPU, model FLOPs utilisation (MFU) of a stretch of work.
-
-    Model FLOPs of training: 6 × parameters × real tokens (the output head's × response tokens; input embeddings are
-    not counted) + 12 × layers × width × attended keys; a third of that for inference. No credit for padding or
-    recomputation. MFU is against a bfloat16 matrix product of size 8192, measured on this GPU.
-    """
+    """Pairs and tokens per second, peak memory and, on a GPU, model FLOPs utilisation of a stretch of work.
+    Model FLOPs of training: 6 × parameters × real tokens (the output head's × response tokens; no input
+    embeddings) + 12 × layers × width × attended keys; a third of that for inference. No credit for padding or
+    recomputation. Measured against matrix_rate()."""
     lengths = [[len(part) for part in parts] for parts in ids]
     tokens, answers = (sum(sum(parts[k:]) for parts in lengths) for k in (0, 1))
-    numbers = {"pairs_per_second": len(ids) / seconds, "tokens_per_second": tokens / seconds, "peak_memory_gb":
-               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    numbers = {"pairs_per_second": len(ids) / seconds, "tokens_per_second": tokens / seconds,
+               "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     if torch.cuda.is_available():
-        size = [sum(p.numel() for p in part.parameters()) if part is not None else 0
-                for part in (model, model.get_input_embeddings(), model.get_output_embeddings())]
-        body = size[0] - size[1] - (0 if model.config.tie_word_embeddings else size[2])
+        head, config = model.get_output_embeddings(), model.config
+        head = sum(p.numel() for p in head.parameters()) if head is not None else 0
+        embeddings = sum(p.numel() for p in model.get_input_embeddings().parameters())
+        body = model.num_parameters() - embeddings - (0 if config.tie_word_embeddings else head)
         keys = sum(p * p / 2 + sum(y * p + y * y / 2 for y in ys) for p, *ys in lengths)
-        flops = body * tokens + size[2] * answers + 2 * model.config.num_hidden_layers * model.config.hidden_size * keys
-        numbers["mfu"] = (6 if training else 2) * flops / seconds / world() / matrix_rate()
+        flops = body * tokens + head * answers + 2 * config.num_hidden_layers * config.hidden_size * keys
+        numbers["mfu"] = (6 if training else 2) * flops / seconds / WORLD / matrix_rate()
         numbers["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.reset_peak_memory_stats()
     return numbers
@@ -959,54 +864,44 @@ def meter(numbers):
 @functools.cache
 def matrix_rate():
     """FLOP/s of this GPU in a bfloat16 matrix product of size 8192."""
-    a = torch.randn(8192, 8192, device=device(), dtype=torch.bfloat16)
-    for _ in range(2):  # the first round warms up
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(10):
-            a @ a
-        torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (time.perf_counter() - started)
+    from torch.utils.benchmark import Timer
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    return 2 * 8192**3 / Timer("a @ a", globals={"a": a}).blocked_autorange().median
 
 def bar(iterable, title, **kwargs):
     """A progress bar on the terminal of process 0."""
-    return tqdm(iterable, desc=title, leave=False, disable=None if rank() == 0 else True, **kwargs)
+    return tqdm(iterable, desc=title, leave=False, disable=None if RANK == 0 else True, **kwargs)
 
 def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, state, decay=False):
-    """The one training loop: `order` holds the rows of each step, `loss_fn(outputs, rows)` → (mean loss,
-    accuracy).
-
-    The rows of a step are cut into micro-batches by length, each weighed by its pairs, so that the gradient
-    is the step's mean whatever the cut and the number of processes. Returns throughput(); `state` gets step and
-    sums.
-    """
-    cfg, seconds, saved = job.cfg, 0.0, time.monotonic()
-    resumed = state["step"]
-    for step in bar(range(state["step"], len(order)), name, initial=state["step"], total=len(order)):
-        started, rows, losses, sums = time.perf_counter(), order[step], [], torch.zeros(2, device=device())
+    """The one training loop: `order` has each step's rows, `loss_fn(outputs, rows)` → (mean loss, accuracy).
+    A step's rows are cut into micro-batches by length, each weighed by its pairs, so that the gradient is the
+    step's mean whatever the cut and the number of processes. → throughput(); `state` gets step and sums."""
+    cfg, seconds, saved, resumed = job.cfg, 0.0, time.monotonic(), state["step"]
+    for step in bar(range(resumed, len(order)), name, initial=resumed, total=len(order)):
+        started, rows, losses, sums = time.perf_counter(), order[step], [], torch.zeros(2, device=DEVICE)
         warm = min(1.0, (state.get("steps_before", 0) + step + 1) / 10)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warm * (1 - step / len(order) if decay else 1)
-        for group in cut([pairs[i].ids for i in rows], cfg.tokens_per_batch, world())[rank()::world()]:
-            index = torch.tensor([rows[i] for i in group or [0]])  # weight 0 where only the other ranks have work
+        for group in cut([pairs[i].ids for i in rows], cfg.tokens_per_batch, WORLD)[RANK::WORLD]:
+            index = torch.tensor([rows[i] for i in group or [0]])  # weight 0 where only other ranks have work
             outputs = root(collate_pairs([pairs[i].ids for i in index], job.pad_id, job.shared))
             loss, accuracy = loss_fn(outputs, index)
-            (loss * world() * len(group) / len(rows)).backward()  # FSDP2 averages over the ranks
+            (loss * WORLD * len(group) / len(rows)).backward()  # FSDP2 averages over the ranks
             losses.append((loss.detach(), index.tolist()))
             sums += torch.stack([loss.detach(), accuracy]) * len(group) / len(rows)
         norm = nn.utils.clip_grad_norm_(root.parameters(), 1.0)
         if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
-            bad = sum(gather([i for loss, index in losses if not torch.isfinite(loss) for i in index]), []) or rows
-            if rank() == 0:
-                print(f"cdpo: {name}: loss or gradient is not finite at step {step}, in training pairs {sorted(bad)}"
-                      f", the first with prompt {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend these "
-                      "rows; the last checkpoint stays", file=sys.stderr)
-            raise SystemExit(1)
+            bad = [i for loss, index in losses if not torch.isfinite(loss) for i in index]
+            bad = sorted(sum(gather(bad), [])) or sorted(rows)
+            refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the "
+                   f"first with prompt {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend these; "
+                   "the last checkpoint stays", code=1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss, accuracy = torch.tensor(gather(sums.tolist())).sum(dim=0).tolist()
         state.setdefault("first_loss", loss)
-        state["step"], state["loss_sum"] = step + 1, state["loss_sum"] + loss
+        state["step"] += 1
+        state["loss_sum"] += loss
         state["accuracy_sum"] += accuracy
         seconds += time.perf_counter() - started
         if step + 1 < len(order) and gather(time.monotonic() - saved > 60 * cfg.save_minutes)[0]:
@@ -1019,59 +914,53 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
 
 def train_stage(job, name, load, function, learning_rate, steps, loss_fn, decay=True, **settings):
     """Train a model on the job's pairs into the folder `name`, unless it is there → the folder."""
-    path, size = job.out / name, job.cfg.batch_size
+    path = job.out / name
     if path.exists():
         say(f"{name}: found in {path}")
         return path
     torch.manual_seed(job.cfg.seed)  # for a new score head
     root, optimizer = training_model(load(), function, job.cfg, learning_rate)
-    state = restore_training(job, name, root, optimizer, {"step": 0, "loss_sum": 0.0, "accuracy_sum": 0.0})
-    rows = draw(len(job.train), 0, steps * size, job.cfg.seed, name)
-    order = [rows[i : i + size] for i in range(0, len(rows), size)]
+    state = restore_training(job, name, root, optimizer)
+    rows = draw(len(job.train), 0, steps * job.cfg.batch_size, job.cfg.seed, name)
+    order = chunks(rows, job.cfg.batch_size)
     train(job, name, root, optimizer, job.train, order, learning_rate, loss_fn, state, decay)
     export(root, job.tokenizer, path, job.cfg, **settings)
-    if rank() == 0:
-        list(map(remove, (job.out / "training").glob(f"{name}-*")))
+    remove(*(job.out / "training").glob(f"{name}-*"))
     return path
 
 @torch.inference_mode()
 def infer(job, path, ids, title, flag="model"):
-    """log π or scores of pairs of token ids by the model in a folder → (N, 2) float32, split over the
-    processes."""
+    """log π or scores of pairs of token ids by the model in a folder → (N, 2), split over processes."""
     model, function = inference_model(path, job.cfg, flag), sequence_logps if flag == "model" else pair_scores
     outputs, started = [], time.perf_counter()
-    for group in bar(cut(ids, job.cfg.tokens_per_batch)[rank()::world()], title):
-        if group:
-            batch = collate_pairs([ids[i] for i in group], job.pad_id, job.shared)
-            outputs.append((group, function(model, batch).float().cpu()))
+    for group in filter(None, bar(cut(ids, job.cfg.tokens_per_batch)[RANK::WORLD], title)):
+        batch = collate_pairs([ids[i] for i in group], job.pad_id, job.shared)
+        outputs.append((group, function(model, batch).float().cpu()))
     result = torch.zeros(len(ids), 2)
     for group, values in sum(gather(outputs), []):
         result[group] = values
     if (seconds := time.perf_counter() - started) > 5:
         say(f"{title}: {meter(throughput(model, ids, seconds, training=False))}")
     if not torch.isfinite(result).all():
-        refuse(f"{path}: {title} is not finite for pair {int((~torch.isfinite(result)).any(dim=1).nonzero()[0])}")
+        refuse(f"{path}: {title} is not finite for pair {int((~torch.isfinite(result)).nonzero()[0, 0])}")
     return result
 
 @torch.inference_mode()
 def sample(job, path, prompts, count, key, tokenizer):
-    """`count` responses from π itself (temperature 1, nothing cut off) to each prompt's ids → [[(ids,
-    ended)]].
-
+    """`count` responses from π itself (temperature 1, nothing cut off) to prompts' ids → [[(ids, ended)]].
     Fixed batches of prompts sorted by length, each seeded from (seed, key, batch), so that the number of
-    processes changes nothing; a prompt is prefilled once and its key-value cache repeated for its responses.
-    """
-    cfg, model, started = job.cfg, inference_model(path, job.cfg), time.perf_counter()
-    order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, cfg.sample_batch // count)
-    settings, results = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=job.pad_id,
-        max_new_tokens=cfg.max_new_tokens, eos_token_id=tokenizer.eos_token_id), []
-    for number in bar(range(rank(), math.ceil(len(order) / size), world()), f"sampling {Path(path).name}"):
-        batch = order[number * size : (number + 1) * size]
-        width = max(len(prompts[i]) for i in batch)
-        padding = [width - len(prompts[i]) for i in batch]
-        ids = torch.tensor([[job.pad_id] * n + prompts[i] for n, i in zip(padding, batch)], device=device())
-        mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(device())
+    processes changes nothing; a prompt is prefilled once, its key-value cache repeated for its responses."""
+    cfg, eos, started = job.cfg, tokenizer.eos_token_id, time.perf_counter()
+    model, settings = inference_model(path, cfg), transformers.GenerationConfig(
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=job.pad_id, eos_token_id=eos,
+        max_new_tokens=cfg.max_new_tokens)
+    order, results = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), []
+    batches = list(enumerate(chunks(order, max(1, cfg.sample_batch // count))))
+    for number, batch in bar(batches[RANK::WORLD], f"sampling {Path(path).name}"):
+        padding = [len(prompts[batch[-1]]) - len(prompts[i]) for i in batch]  # the last one is the longest
+        ids = torch.tensor([[job.pad_id] * n + prompts[i] for n, i in zip(padding, batch)], device=DEVICE)
+        width = ids.shape[1]
+        mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(DEVICE)
         torch.manual_seed(int(torch.randint(2**60, (), generator=seeded("sample", cfg.seed, key, number))))
         cache = transformers.DynamicCache(config=model.config)
         if width > 1:
@@ -1080,25 +969,19 @@ def sample(job, path, prompts, count, key, tokenizer):
             cache.batch_repeat_interleave(count)
         ids, mask = ids.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
         output = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=settings)
-        output = output[:, width:].tolist()
-        for row, y in enumerate(output):
-            ended = tokenizer.eos_token_id in y
-            results.append((batch[row // count], (y[: y.index(tokenizer.eos_token_id) + 1] if ended else y, ended)))
-    answers = [[] for _ in prompts]
-    for i, answer in sum(gather(results), []):
-        answers[i].append(answer)
-    tokens, seconds = sum(len(y) for rows in answers for y, _ in rows), time.perf_counter() - started
+        for i, ys in zip(batch, chunks(output[:, width:].tolist(), count)):
+            results.append((i, [(y[: y.index(eos) + 1], True) if eos in y else (y, False) for y in ys]))
+    answers = dict(sum(gather(results), []))
+    tokens, seconds = sum(len(y) for rows in answers.values() for y, _ in rows), time.perf_counter() - started
     say(f"sampling {Path(path).name}: {len(prompts)} × {count} responses, {tokens / seconds:,.0f} tokens/s")
-    return answers
+    return [answers[i] for i in range(len(prompts))]
 
 def score(job, pairs, implicit, ref_logps=None):
     """Reward and cost (N, 2) of pairs: from the score models or, for PeCAN, implicit in two policies.
-
-    A score model reads text, with its own tokenizer and the template that it was trained with.
-    """
+    A score model reads text, with its own tokenizer and the template that it was trained with."""
     if implicit:
-        helpful, safe = (implicit_reward(infer(job, path, [p.ids for p in pairs], "log π"), ref_logps, job.cfg.beta)
-                         for path in (job.helpful, job.safe))
+        logps = (infer(job, path, [p.ids for p in pairs], "log π") for path in (job.helpful, job.safe))
+        helpful, safe = (implicit_reward(policy_logps, ref_logps, job.cfg.beta) for policy_logps in logps)
         return helpful, -safe
     scores = []
     for flag in ("reward_model", "cost_model"):
@@ -1111,36 +994,31 @@ def score(job, pairs, implicit, ref_logps=None):
 
 def measure(job, path, prompts, count, key, implicit):
     """Sample a policy and score it: the estimates behind every step of λ and every row of the table.
-
     prompts is a list of texts → namespace of reward, cost, log_ratio to π_ref and length, all (n, count), and
-    the samples as pairs with their own scores, (N, 2).
-    """
+    the samples as pairs with their own scores, (N, 2)."""
     if job.cfg.max_steps:
         prompts = prompts[: max(2, job.cfg.max_steps * job.cfg.sample_batch // count)]
-    own = attempt(AutoTokenizer.from_pretrained, str(path), "compare")
-    heads = [head for head, _ in encode(own, job.cfg.template, [(text, "", False) for text in prompts], 10**6)[0]]
-    pairs = []
+    own = attempt(AutoTokenizer.from_pretrained, path, "compare")
+    texts, pairs = [(text, "", False) for text in prompts], []
+    heads = [head for head, _ in encode(own, job.cfg.template, texts, 10**6)[0]]
     for prompt, head, answers in zip(prompts, heads, sample(job, path, heads, count, key, own)):
         texts = own.batch_decode([y for y, _ in answers], skip_special_tokens=True)
-        for i in range(0, count, 2):
-            j = min(i + 1, count - 1)  # an odd last one beside itself
-            ids, ended = (head, answers[i][0], answers[j][0]), (answers[i][1], answers[j][1])
-            pairs.append(Pair(prompt, (texts[i], texts[j]), ids, ended))
+        drawn = [(text, *answer) for text, answer in zip(texts, answers)]
+        for couple in zip(drawn[::2], drawn[1::2] + drawn[-1:]):  # an odd last one beside itself
+            texts, ids, ended = zip(*couple)
+            pairs.append(Pair(prompt, texts, (head, *ids), ended))
     logps = ref_logps = infer(job, path, [p.ids for p in pairs], "log π of samples")
-    if str(path) != str(job.reference):  # with another tokenizer, log π_ref is of the text in π_ref's own tokens
+    if str(path) != str(job.reference):  # with another tokenizer, log π_ref is of the text in its own tokens
         same = own.get_vocab() == job.tokenizer.get_vocab()
         ids = [p.ids for p in pairs] if same else with_ids(pairs, job.tokenizer, job.cfg.template, 10**6)[0]
         ref_logps = infer(job, job.reference, ids, "log π_ref of samples")
-    scores = (*score(job, pairs, implicit, ref_logps), ref_logps)
-    length = torch.tensor([[float(len(y)) for y in p.ids[1:]] for p in pairs])
-    reward, cost, log_ratio, length = (values.reshape(len(prompts), -1)[:, :count]
-                                       for values in (scores[0], scores[1], logps - ref_logps, length))
-    return SimpleNamespace(reward=reward, cost=cost, log_ratio=log_ratio, length=length, pairs=pairs, scores=scores)
+    reward, cost = score(job, pairs, implicit, ref_logps)
+    values = {"reward": reward, "cost": cost, "log_ratio": logps - ref_logps,
+              "length": torch.tensor([[float(len(y)) for y in p.ids[1:]] for p in pairs])}
+    values = {name: value.reshape(len(prompts), -1)[:, :count] for name, value in values.items()}
+    return SimpleNamespace(**values, pairs=pairs, scores=(reward, cost, ref_logps))
 
-
-# ----------------------------------------------------------------------------------------------------
-# The method
-
+# ---- The method --------------------------------------------------------------------------------------------
 def dpo_fit(ref_logps, prob, beta):
     """The loss of (13) as train() takes it."""
     def loss_fn(logps, index):
@@ -1154,50 +1032,53 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
     """Algorithm 1 of C-DPO: relabel, fit, sample, step λ. → (folder of the best policy, its λ)."""
     cfg = job.cfg
     policy, optimizer = training_model(load_model(job.reference, cfg), sequence_logps, cfg, cfg.learning_rate)
-    state = restore_training(job, "policy", policy, optimizer, {
-        "iteration": 0, "lambda": lam, "step": 0, "loss_sum": 0.0, "accuracy_sum": 0.0, "best": None,
-        "history": [], "fresh": [], "fresh_scores": [[], [], []], "drawn": 0, "steps_before": 0})
+    state = restore_training(job, "policy", policy, optimizer, **{
+        "iteration": 0, "lambda": lam, "best": None, "history": [], "fresh": [], "fresh_scores": [[], [], []],
+        "drawn": 0, "steps_before": 0})
     while state["iteration"] < iterations:
         iteration, lam, started = state["iteration"], state["lambda"], time.perf_counter()
+        folder = job.out / f"iterate-{iteration}"
         pairs, (reward, cost, ref_logps), order, offline = pairs_of_iteration(job, state, steps)
-        prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, iteration))                # (12)
+        prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, iteration))            # (12)
         numbers = train(job, "policy", policy, optimizer, pairs, order, cfg.learning_rate,
-                      dpo_fit(ref_logps, prob, cfg.beta), state)                                            # (13)
-        if iteration == 0 and abs(state["first_loss"] - math.log(2)) > (1e-4 if cfg.dtype == "float32" else 2e-3):
-            say(f"warning: the first DPO loss is {state['first_loss']:.5f}, not ln 2: policy and reference differ")
-        export(policy, job.tokenizer, job.out / f"iterate-{iteration}", cfg)
-        found = measure(job, job.out / f"iterate-{iteration}", job.steering, cfg.lambda_samples,
-                        ("step", iteration), job.implicit)
-        bound = estimate(found.cost, cfg.cost_confidence)                                              # Ĵ_c
+                        dpo_fit(ref_logps, prob, cfg.beta), state)                                      # (13)
+        first = state["first_loss"]
+        if iteration == 0 and abs(first - math.log(2)) > (1e-4 if cfg.dtype == "float32" else 2e-3):
+            say(f"warning: the first DPO loss is {first:.5f}, not ln 2: policy and reference differ")
+        export(policy, job.tokenizer, folder, cfg)
+        found = measure(job, folder, job.steering, cfg.lambda_samples, ("step", iteration), job.implicit)
+        bound = estimate(found.cost, cfg.cost_confidence)                                            # Ĵ_c
         shifted = found.cost + (bound - found.cost.mean())  # so that the step of λ uses the same estimate
         state["lambda"] = next_lambda(cfg, lambda_mode, lam, shifted, job.cost_limit)
         reward_mean, cost_mean, kl = (float(v.mean()) for v in (found.reward, found.cost, found.log_ratio))
         feasible = bound <= job.cost_limit
-        merit = [feasible, reward_mean - cfg.beta * kl if feasible else -bound]  # objective (6), or else least cost
+        merit = [feasible, reward_mean - cfg.beta * kl if feasible else -bound]  # (6), or the least cost
         if state["best"] is None or merit > state["best"]["merit"]:
             state["best"] = {"merit": merit, "iteration": iteration, "lambda": lam}
-        say(f"iteration {iteration}: λ {lam:.4f}, cost {cost_mean:+.3f} [{ci95(found.cost)[0]:+.3f}, "
-            f"{ci95(found.cost)[1]:+.3f}], reward {reward_mean:+.3f}, KL {kl:.3f}; next λ {state['lambda']:.4f}")
+        text = "cost {:+.3f} [{:+.3f}, {:+.3f}], reward {:+.3f}, KL {:.3f}; next λ {:.4f}"
+        text = text.format(cost_mean, *ci95(found.cost), reward_mean, kl, state["lambda"])
+        say(f"iteration {iteration}: λ {lam:.4f}, {text}")
         state["history"].append({
             "iteration": iteration, "lambda": lam, "cost_mean": cost_mean, "cost_ci95": ci95(found.cost),
             "reward_mean": reward_mean, "reward_ci95": ci95(found.reward), "kl": kl,
             "dpo_loss": state["loss_sum"] / len(order), "dpo_accuracy": state["accuracy_sum"] / len(order),
-            "first_dpo_loss": state["first_loss"], **numbers, "seconds": time.perf_counter() - started})
+            "first_dpo_loss": first, **numbers, "seconds": time.perf_counter() - started})
         if cfg.recycle and lambda_mode != "fixed":
-            keep = [pair.ids[1] != pair.ids[2] for pair in found.pairs]
-            state["fresh"] = [(p.prompt, p.responses, p.ids, p.ended) for p, kept in zip(found.pairs, keep) if kept]
+            keep = [i for i, p in enumerate(found.pairs) if p.ids[1] != p.ids[2]]
+            fresh = [found.pairs[i] for i in keep]
+            state["fresh"] = [(p.prompt, p.responses, p.ids, p.ended) for p in fresh]
             state["fresh_scores"] = [values[keep].tolist() for values in found.scores]
         state.update(iteration=iteration + 1, step=0, loss_sum=0.0, accuracy_sum=0.0,
                      drawn=state["drawn"] + offline, steps_before=state["steps_before"] + len(order))
         save_training(job, "policy", policy, optimizer, state)
         write(job.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in state["history"]))
-        best = job.out / f"iterate-{state['best']['iteration']}"
-        if rank() == 0:
-            list(map(remove, (f for f in job.out.glob("iterate-*") if f != best)))
+        best = f"iterate-{state['best']['iteration']}"
+        remove(*(f for f in job.out.glob("iterate-*") if f.name != best))
     if not state["best"]["merit"][0]:
-        say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the one of least cost; try more --iterations or "
-            "--dpo_steps, or a higher --cost_limit")
-    if rank() == 0 and (best := job.out / f"iterate-{state['best']['iteration']}").exists():
+        say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the one of least cost; try more "
+            "--iterations or --dpo_steps, or a higher --cost_limit")
+    best = job.out / f"iterate-{state['best']['iteration']}"
+    if RANK == 0 and best.exists():
         remove(job.out / "policy")
         os.replace(best, job.out / "policy")
     gather(None)
@@ -1205,24 +1086,20 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
 
 def pairs_of_iteration(job, state, steps):
     """The dataset's pairs in their endless order, with the last iteration's samples mixed in once each.
-
-    → pairs, their scores (reward, cost, log π_ref), the rows of each step, and how many rows are the
-    dataset's.
-    """
-    size, seed = job.cfg.batch_size, job.cfg.seed
+    → pairs, their scores (reward, cost, log π_ref), the rows of each step, how many are the dataset's."""
+    size, seed, iteration = job.cfg.batch_size, job.cfg.seed, state["iteration"]
     fresh = [Pair(x, tuple(ys), tuple(ids), tuple(ended)) for x, ys, ids, ended in state["fresh"]]
-    scores = [torch.cat([old, torch.tensor(new).view(-1, 2)])
-              for old, new in zip(job.scores, state["fresh_scores"])]
+    scores = zip(job.scores, state["fresh_scores"])
+    scores = [torch.cat([old, torch.tensor(new).view(-1, 2)]) for old, new in scores]
     count = min(len(fresh), steps * size // 2)
-    online = draw(len(fresh), 0, count, "fresh", seed, state["iteration"]) if count else []
-    rows = draw(len(job.train), state["drawn"], steps * size - len(online), "policy", seed)
-    offline, rows = len(rows), rows + [len(job.train) + i for i in online]
-    rows = [rows[i] for i in draw(len(rows), 0, len(rows), "mix", seed, state["iteration"])]
-    return job.train + fresh, scores, [rows[i : i + size] for i in range(0, len(rows), size)], offline
+    online = draw(len(fresh), 0, count, "fresh", seed, iteration) if count else []
+    offline = draw(len(job.train), state["drawn"], steps * size - count, "policy", seed)
+    rows = offline + [len(job.train) + i for i in online]
+    rows = [rows[i] for i in draw(len(rows), 0, len(rows), "mix", seed, iteration)]
+    return job.train + fresh, scores, chunks(rows, size), len(offline)
 
 def next_lambda(cfg, mode, lam, cost, cost_limit):
-    """λ after a dual step on the costs (n, m) of the policy's samples, shifted so that their mean is the
-    estimate."""
+    """λ after a dual step on the costs (n, m) of the policy's samples, whose mean is the estimate."""
     if mode == "fixed":
         return lam
     if mode == "newton":
@@ -1230,16 +1107,14 @@ def next_lambda(cfg, mode, lam, cost, cost_limit):
             return newton_lambda_step(lam, cost, cost_limit, cfg.beta)
         except ValueError as error:
             say(f"{error}; a gradient step instead")
-    return lambda_step(lam, cost, cost_limit, cfg.lambda_lr)                                                # (14)
+    return lambda_step(lam, cost, cost_limit, cfg.lambda_lr)                                            # (14)
 
 def start_lambda(job):
-    """The limit and the first λ: given, or in closed form on samples of π_ref. Says what the dual predicts.
-    """
+    """The limit and the first λ: given, or in closed form on samples of π_ref. Says what that predicts."""
     cfg, job.cost_limit, job.prediction = job.cfg, job.cfg.cost_limit, None
     if cfg.lambda_init is not None and cfg.margin is None or cfg.method == "dpo":
         return cfg.lambda_init or 0.0
-    prompts = (job.steering + list(dict.fromkeys(p.prompt for p in job.train)))[: cfg.dual_prompts]
-
+    prompts = (job.steering + prompts_of(job.train))[: cfg.dual_prompts]
     def compute():
         found = measure(job, job.reference, prompts, cfg.dual_samples, "dual", job.implicit)
         return {"reward": found.reward, "cost": found.cost}
@@ -1250,34 +1125,30 @@ def start_lambda(job):
         job.cost_limit = float(cost.mean()) - cfg.margin
     if cfg.lambda_init is not None:
         return cfg.lambda_init
-    try:
+    with refusing("no first λ", "raise --cost_limit, lower --beta, or draw more --dual_samples"):
         lam = solve_dual(reward, cost, cfg.beta, job.cost_limit)
-    except ValueError as error:
-        refuse(f"{error}; raise --cost_limit, lower --beta, or draw more --dual_samples")
     for value in sorted({0.0, lam / 2, lam, 2 * lam, *cfg.lambdas}):
         p = predict(reward, cost, value, cfg.beta)
-        say(f"dual{'*' * (value == lam):1} λ {value:.4f}: predicted cost {p['cost']:+.3f} [{p['cost_ci95'][0]:+.3f}, "
-            f"{p['cost_ci95'][1]:+.3f}], reward {p['reward']:+.3f} [{p['reward_ci95'][0]:+.3f}, "
-            f"{p['reward_ci95'][1]:+.3f}], {p['ess']:.1f} effective samples of {cost.shape[1]}"
-            + "; too few to be trusted" * (p["ess"] < 5))
+        say(("dual{} λ {:.4f}: predicted cost {:+.3f} [{:+.3f}, {:+.3f}], reward {:+.3f} [{:+.3f}, {:+.3f}], "
+             "{:.1f} effective samples of {}{}").format(
+            "*" if value == lam else " ", value, p["cost"], *p["cost_ci95"], p["reward"], *p["reward_ci95"],
+            p["ess"], cost.shape[1], "; too few to be trusted" * (p["ess"] < 5)))
     return lam
 
-
-# ----------------------------------------------------------------------------------------------------
-# Evaluation
-
+# ---- Evaluation --------------------------------------------------------------------------------------------
 def evaluate(job, name, path, lam):
-    """One row of the table: the evaluation prompts' responses from the policy in a folder, scored; kept on
-    disk."""
+    """One row of the table: the scored answers of the policy in a folder; kept on disk."""
     cfg, file = job.cfg, job.out / "rows" / f"{fingerprint(name)[:16]}.json"
-    source = fingerprint(Path(path), name, lam, job.evaluation, cfg.eval_samples, cfg.max_new_tokens, job.models)
+    sampling = job.evaluation, cfg.eval_samples, cfg.max_new_tokens
+    source = fingerprint(Path(path), name, lam, *sampling, job.models)
     if file.exists() and (kept := json.loads(file.read_text()))["source"] == source:
         return kept["row"], kept["samples"]
-    found = measure(job, path, job.evaluation, cfg.eval_samples, "eval", job.reward_model is None)
+    found = measure(job, path, job.evaluation, cfg.eval_samples, "eval",
+                    not (job.reward_model and job.cost_model))
     row = {"name": name, "lambda": lam, "safe_rate": float((found.cost <= 0).float().mean()),
            "kl": float(found.log_ratio.mean()), "length_mean": float(found.length.mean())}
-    texts, each = [text for pair in found.pairs for text in pair.responses], 2 * math.ceil(cfg.eval_samples / 2)
-    texts = [texts[i : i + cfg.eval_samples] for i in range(0, len(texts), each)]
+    texts = [text for pair in found.pairs for text in pair.responses]
+    texts = [group[: cfg.eval_samples] for group in chunks(texts, 2 * math.ceil(cfg.eval_samples / 2))]
     columns = {"reward": found.reward, "cost": found.cost}
     if cfg.dataset.startswith("tiny"):
         truth = torch.tensor([[tiny_truth(x, y) for y in ys] for x, ys in zip(job.evaluation, texts)])
@@ -1287,16 +1158,18 @@ def evaluate(job, name, path, lam):
                 f"{column}_ci95": ci95(values)}
     if job.prediction and lam is not None:  # what the closed form said before any training
         row |= {f"predicted_{key}": value for key, value in predict(*job.prediction, lam, cfg.beta).items()}
-    samples = [{"policy": name, "prompt": x, "response": y, "reward": r, "cost": c} for x, *columns in zip(
-        job.evaluation, texts, found.reward.tolist(), found.cost.tolist()) for y, r, c in zip(*columns)]
+    answers = zip(job.evaluation, texts, found.reward.tolist(), found.cost.tolist())
+    samples = [{"policy": name, "prompt": prompt, "response": y, "reward": r, "cost": c}
+               for prompt, *columns in answers for y, r, c in zip(*columns)]
     write(file, json.dumps({"source": source, "row": row, "samples": samples}))
     return row, samples
 
 def markdown(rows):
     """The rows of results.json as a Markdown table."""
-    extra = {"true_reward_mean": "true reward", "true_cost_mean": "true cost", "predicted_cost": "predicted cost"}
-    extra = {key: title for key, title in extra.items() if any(key in row for row in rows)}
-    head = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length", *extra.values()]
+    extra = ("true_reward_mean", "true_cost_mean", "predicted_cost")
+    extra = [key for key in extra if any(key in row for row in rows)]
+    titles = [key.removesuffix("_mean").replace("_", " ") for key in extra]
+    head = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length", *titles]
     lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
     for row in rows:
         cells = [row["name"], "" if row["lambda"] is None else f"{row['lambda']:.3f}"]
@@ -1308,103 +1181,90 @@ def markdown(rows):
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
-
-# ----------------------------------------------------------------------------------------------------
-# The command
-
+# ---- The command -------------------------------------------------------------------------------------------
 def check_rows(job, source, flag="model"):
-    """Try the longest pair both ways: shared-prompt rows against the model's own forward on separate
-    sequences.
-
+    """Try the longest pair both ways: shared-prompt rows against the model's own forward, one by one.
     Some decoders get a (B, 1, L, L) mask silently wrong (sliding windows shorter than the row): they fall
-    back to a row per response. Some scale or cap logits behind the head: they are refused.
-    """
+    back to a row per response. Some scale or cap logits behind the head: they are refused."""
     model = inference_model(source, job.cfg, flag)
-    ids = max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
-    function, plain = sequence_logps if flag == "model" else pair_scores, []
-    tolerance = {"bfloat16": 2e-2, "float32": 1e-4}[job.cfg.dtype] * torch.tensor([len(y) + 10 for y in ids[1:]])
+    prompt, *ys = max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
+    function = sequence_logps if flag == "model" else pair_scores
+    tolerance = (2e-2 if job.cfg.dtype == "bfloat16" else 1e-4) * torch.tensor([len(y) + 10 for y in ys])
+    def plain(y):
+        whole = torch.tensor([prompt + y], device=DEVICE)
+        if flag != "model":
+            return model(whole, torch.ones_like(whole))[0]
+        logps = model(whole).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+        return logps[range(len(y)), y].sum()
     with torch.inference_mode():
-        for y in ids[1:]:
-            whole, y = torch.tensor([ids[0] + y], device=device()), torch.tensor(y, device=device())
-            if flag == "model":
-                logps = model(whole).logits[0, len(ids[0]) - 1 : -1].float().log_softmax(dim=-1)
-                plain.append(logps.gather(1, y[:, None]).sum())
-            else:
-                plain.append(model(whole, torch.ones_like(whole))[0])
+        theirs = torch.stack([plain(y) for y in ys])
         for shared in (True, False):
-            ours = function(model, collate_pairs([ids], job.pad_id, shared))[0]
-            if ((ours - torch.stack(plain)).abs().cpu() <= tolerance).all():
+            ours = function(model, collate_pairs([(prompt, *ys)], job.pad_id, shared))[0]
+            if ((ours - theirs).abs().cpu() <= tolerance).all():
                 if not shared:
-                    say(f"{source}: cannot read shared-prompt rows; a response gets a row of its own, which is slower")
+                    say(f"{source}: cannot read shared-prompt rows; a response gets a row of its own, slower")
                 job.shared &= shared
                 return
-    refuse(f"--{flag} {source}: a decoder whose attention or output head this program gets wrong (tried on one long "
-           "pair); use one such as Llama, Mistral, Qwen2 or GPT-2")
+    refuse(f"--{flag} {source}: a decoder whose attention or output head this program gets wrong (tried on "
+           "one long pair); use one such as Llama, Mistral, Qwen2 or GPT-2")
 
 def train_models(job):
-    """The reference policy and the models of reward and cost (for PeCAN the two policies), each unless given.
-    """
-    cfg, bound = job.cfg, job.cfg.max_steps or 10**9
-    steps = min(bound, cfg.epochs * math.ceil(len(job.train) / cfg.batch_size))
+    """The reference policy and the models of reward and cost (PeCAN: the two policies), unless given."""
+    cfg, job.implicit = job.cfg, job.cfg.method == "pecan"
+    steps = min(cfg.max_steps or 10**9, cfg.epochs * math.ceil(len(job.train) / cfg.batch_size))
     mean_length = sum(len(y) for pair in job.train for y in pair.ids[1:]) / len(job.train)
-    better, safer = (torch.tensor([getattr(p, key) for p in job.train]) for key in ("better", "safer"))
-    signs = torch.tensor([p.signs for p in job.train]).float()
-
-    def pick(values, column):  # values[i, column[i]]
-        return values.gather(1, column[:, None].to(values.device))[:, 0]
-
-    def sft_loss(logps, index):  # on both responses: π_ref is then the distribution that the pairs were drawn from
+    better, safer = torch.tensor([(pair.better, pair.safer) for pair in job.train]).T
+    signs = torch.tensor([pair.signs for pair in job.train]).float()
+    def columns(values, first):  # values (B, 2) → values[i, first[i]] and the other column
+        return values.gather(1, torch.stack([first, 1 - first], dim=1).to(values.device)).unbind(dim=1)
+    def sft_loss(logps, index):  # on both: π_ref is then the distribution that the pairs were drawn from
         return -logps.sum(dim=1).mean() / mean_length, torch.zeros((), device=logps.device)
-
     def reward_loss(rewards, index):
-        chosen, rejected = pick(rewards, better[index]), pick(rewards, 1 - better[index])
+        chosen, rejected = columns(rewards, better[index])
         return bradley_terry_loss(chosen, rejected), (chosen > rejected).float().mean()
-
     def harm_loss(costs, index):  # the worse response is the one that is not safer
-        values, sign, safe = costs, signs[index].to(costs.device), safer[index]
-        loss = cost_loss(pick(values, 1 - safe), pick(values, safe), pick(sign, 1 - safe), pick(sign, safe))
-        return loss, (pick(values, 1 - safe) > pick(values, safe)).float().mean()
-
+        worse, safe = columns(costs, 1 - safer[index])
+        loss = cost_loss(worse, safe, *columns(signs[index].to(costs.device), 1 - safer[index]))
+        return loss, (worse > safe).float().mean()
     def new_score_model():
         config = without_dropout(AutoConfig.from_pretrained(job.reference, attn_implementation="sdpa"))
         model = ScoreModel(config)
         model.model = AutoModel.from_pretrained(job.reference, config=config)
         return model
-
-    job.reference, job.implicit = cfg.sft_model or job.base, cfg.method == "pecan"
+    job.reference = cfg.sft_model or job.base
     if not (cfg.skip_sft or cfg.sft_model):
         job.reference = train_stage(job, "sft", lambda: load_model(job.base, cfg), sequence_logps,
                                     cfg.sft_learning_rate, steps, sft_loss)
     job.reward_model, job.cost_model = cfg.reward_model, cfg.cost_model
     for name, loss_fn in (("reward_model", reward_loss), ("cost_model", harm_loss)):
         if not (job.implicit or getattr(cfg, name)):
-            setattr(job, name, train_stage(job, name, new_score_model, pair_scores, cfg.score_learning_rate, steps,
-                                           loss_fn, score_type=name.split("_")[0]))
-            held_out_accuracy(job, name)
+            setattr(job, name, train_stage(job, name, new_score_model, pair_scores, cfg.score_learning_rate,
+                                           steps, loss_fn, score_type=name.split("_")[0]))
+            if not cfg.eval_dataset:  # whose prompts come without labels
+                held_out_accuracy(job, name)
     job.helpful, job.safe = cfg.helpful_model, cfg.safe_model
     if job.implicit:
         ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref")
-        job.helpful = job.helpful or fit(job, "helpful", dpo_fit(ref_logps, 1.0 - better, cfg.beta))
-        job.safe = job.safe or fit(job, "safe", dpo_fit(ref_logps, 1.0 - safer, cfg.beta))
+        job.helpful = job.helpful or fit(job, "helpful", ref_logps, 1.0 - better)
+        job.safe = job.safe or fit(job, "safe", ref_logps, 1.0 - safer)
     models = (job.reference, job.reward_model, job.cost_model, job.helpful, job.safe)
     job.models = fingerprint(*(Path(p) for p in models if p), cfg.template, cfg.beta, cfg.seed)
 
-def fit(job, name, loss_fn):
+def fit(job, name, ref_logps, prob):
     """A DPO policy for one fixed labelling, with as many steps as a whole C-DPO run → its folder."""
-    cfg = job.cfg
+    cfg, loss_fn = job.cfg, dpo_fit(ref_logps, prob, job.cfg.beta)
     return train_stage(job, name, lambda: load_model(job.reference, cfg), sequence_logps, cfg.learning_rate,
                        cfg.max_steps or cfg.iterations * cfg.dpo_steps, loss_fn, decay=False)
 
 def held_out_accuracy(job, name):
     """Say how often a score model ranks held-out pairs as labelled and, of cost, knows unsafe from safe."""
-    pairs = [pair for pair in job.held_out if pair.ids]
-    if not pairs:
-        return
+    pairs = job.held_out
     scores = infer(job, getattr(job, name), [p.ids for p in pairs], f"{name} on held-out pairs", name)
     higher = torch.tensor([p.better if name == "reward_model" else 1 - p.safer for p in pairs])
     text = f"of ranking {((scores[:, 1] > scores[:, 0]) == higher.bool()).float().mean():.1%}"
     if name == "cost_model":
-        text += f", of sign {((scores > 0) == (torch.tensor([p.signs for p in pairs]) > 0)).float().mean():.1%}"
+        unsafe = torch.tensor([p.signs for p in pairs]) > 0
+        text += f", of sign {((scores > 0) == unsafe).float().mean():.1%}"
     say(f"{name}: held-out accuracy {text}, {len(pairs)} pairs")
 
 def run(job):
@@ -1414,24 +1274,25 @@ def run(job):
     train_models(job)
     rows, job.prediction, job.cost_limit = [("SFT", job.reference, None)], None, cfg.cost_limit
     if cfg.method == "sft":
-        with atomic(job.out / "policy") as folder:
-            shutil.copytree(job.reference, folder) if rank() == 0 else None
+        export(Root(load_model(job.reference, cfg), sequence_logps), job.tokenizer, job.out / "policy", cfg)
     else:
         def compute():
             ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref of the pairs")
             reward, cost = score(job, job.train, job.implicit, ref_logps)
             return {"reward": reward, "cost": cost, "ref_logps": ref_logps}
-        scores = cached(job.out / "scores.safetensors", fingerprint([p.ids for p in job.train], job.models), compute)
+        source = fingerprint([p.ids for p in job.train], job.models)
+        scores = cached(job.out / "scores.safetensors", source, compute)
         job.scores = reward, cost, ref_logps = scores["reward"], scores["cost"], scores["ref_logps"]
         lam, once = start_lambda(job), cfg.method != "cdpo"
-        path, lam = constrained_dpo(
-            job, lam, "fixed" if once or cfg.lambda_lr == 0 else cfg.lambda_step, 1 if once else cfg.iterations,
-            min(cfg.max_steps or 10**9, cfg.dpo_steps * (cfg.iterations if once else 1)))
-        rows.append(({"cdpo": "C-DPO", "mocan": "MoCAN", "pecan": "PeCAN", "dpo": "DPO"}[cfg.method], path, lam))
+        mode = "fixed" if once or cfg.lambda_lr == 0 else cfg.lambda_step
+        iterations, steps = (1, cfg.iterations * cfg.dpo_steps) if once else (cfg.iterations, cfg.dpo_steps)
+        path, lam = constrained_dpo(job, lam, mode, iterations, min(cfg.max_steps or 10**9, steps))
+        names = {"cdpo": "C-DPO", "mocan": "MoCAN", "pecan": "PeCAN", "dpo": "DPO"}
+        rows.append((names[cfg.method], path, lam))
         for fixed in cfg.lambdas:
             if fixed or cfg.method != "dpo":
                 prob = relabel(reward, cost, fixed, cfg.labels, seeded("labels", cfg.seed, fixed))
-                path = fit(job, f"lambda-{fixed:g}", dpo_fit(ref_logps, prob, cfg.beta))
+                path = fit(job, f"lambda-{fixed:g}", ref_logps, prob)
                 rows.append((f"λ = {fixed:g}" if fixed else "DPO", path, fixed))
     for path in cfg.compare:
         names = [Path(path).name, *(f"{Path(path).name} ({k})" for k in range(2, 10**4))]
@@ -1444,30 +1305,31 @@ def run(job):
 
 def prepare(job):
     """Read, check, tokenize and split the data; write the base model where it is built from a dictionary."""
-    cfg = job.cfg
-    need = ["response_0", "response_1"]
+    cfg, need = job.cfg, ["response_0", "response_1"]
     need += ["better_response_id"] if not cfg.reward_model or cfg.method == "pecan" else []
     if not cfg.cost_model or cfg.method == "pecan":
         need += ["safer_response_id", "is_response_0_safe", "is_response_1_safe"]
-    given = [(key, getattr(cfg, key)) for key in ("reward_model", "cost_model", "helpful_model", "safe_model")]
-    for flag, path in given + [("compare", path) for path in cfg.compare]:
+    names = ("reward_model", "cost_model", "helpful_model", "safe_model")
+    given = [(name, getattr(cfg, name)) for name in names] + [("compare", path) for path in cfg.compare]
+    for flag, path in given:
         kind = getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", "") if path else ""
         if flag in ("reward_model", "cost_model") and kind and kind != flag.split("_")[0]:
             refuse(f"--{flag} {path}: its config.json calls it a {kind} model; are the two exchanged?")
     pairs = load_pairs(cfg.dataset, "dataset", need, cfg.seed)
     eval_pairs = load_pairs(cfg.eval_dataset, "eval_dataset", [], cfg.seed) if cfg.eval_dataset else None
     job.tokenizer = load_tokenizer(cfg)
-    job.pad_id = job.tokenizer.eos_token_id if job.tokenizer.pad_token_id is None else job.tokenizer.pad_token_id
+    eos, pad = job.tokenizer.eos_token_id, job.tokenizer.pad_token_id
+    job.pad_id = eos if pad is None else pad
     ids, counts = with_ids(pairs, job.tokenizer, cfg.template, cfg.max_length)
     reasons = Counter("with a prompt that fills --max_length" if not (y0 and y1) else
                       "with responses that are the same once cut" if y0 == y1 else None for _, y0, y1 in ids)
-    pairs = [dataclasses.replace(p, ids=i) for p, i in zip(pairs, ids) if i[1] and i[2] and i[1] != i[2]]
-    also = f"; {counts['cut']} responses cut, {counts['misaligned']} whose tokens do not continue the prompt's"
+    pairs = [replace(p, ids=i) for p, i in zip(pairs, ids) if i[1] and i[2] and i[1] != i[2]]
+    also = f"; {counts['cut']} responses cut, {counts['misaligned']} whose tokens do not follow the prompt's"
     usable(pairs, cfg.dataset, "dataset", reasons, also if counts.total() else "")
     job.held_out, steering, job.train = split_by_prompt(pairs, eval_pairs, cfg)
     job.train = job.train[: cfg.max_steps * cfg.batch_size] if cfg.max_steps else job.train
-    job.evaluation, job.steering = (list(dict.fromkeys(p.prompt for p in part)) for part in (job.held_out, steering))
-    say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} prompts for the table, {len(job.steering)} for λ")
+    job.evaluation, job.steering = prompts_of(job.held_out), prompts_of(steering)
+    say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} for the table, {len(job.steering)} for λ")
     check_space(job)
     job.shared, job.base = True, cfg.model
     if cfg.model.startswith("{") and not cfg.sft_model:
@@ -1487,24 +1349,23 @@ def check_space(job):
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     if len(job.tokenizer) > config.vocab_size:
-        refuse(f"the tokenizer has {len(job.tokenizer)} tokens and {source} only {config.vocab_size}; name its own")
+        refuse(f"the tokenizer has {len(job.tokenizer)} tokens, {source} {config.vocab_size}; name its own")
     models = 2 + (not cfg.sft_model) + (not cfg.reward_model) + (not cfg.cost_model) + len(cfg.lambdas)
-    size = parameters * (models * (2 if cfg.dtype == "bfloat16" else 4) + (0 if cfg.no_checkpoint else 2 * 12))
+    size = parameters * (models * (2 if cfg.dtype == "bfloat16" else 4) + 2 * 12 * (not cfg.no_checkpoint))
     free = shutil.disk_usage(job.out).free + sum(f.stat().st_size for f in job.out.rglob("*") if f.is_file())
     if free < size:
-        refuse(f"--output_dir {job.out}: the run writes up to {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free "
-               "some space, name another folder, or leave the resumable state out with --no_checkpoint")
+        refuse(f"--output_dir {job.out}: the run writes up to {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+               "free; free some space, name another folder, or save no training state with --no_checkpoint")
 
 @contextmanager
 def run_folder(cfg):
     """The locked output folder; a run goes on only with the settings that it began with."""
-    out, settings, lock = Path(cfg.output_dir), dataclasses.asdict(cfg), None
+    out, lock = Path(cfg.output_dir), None
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if rank() == 0 else None
-        check_folder(out, settings, cfg.overwrite)
-        write(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if RANK == 0 else None
+        check_folder(out, asdict(cfg), cfg.overwrite)
         yield out
     except BlockingIOError:
         refuse(f"--output_dir {out}: another process is at work in it; wait for it or name another folder")
@@ -1518,29 +1379,28 @@ def run_folder(cfg):
         lock.close() if lock else None
 
 def check_folder(out, settings, overwrite):
-    """Refuse a folder of something else, or of a run with other settings; with overwrite, empty a run's
-    folder."""
-    kept = None
+    """Refuse a folder of something else, or of a run with other settings; with overwrite, empty a run's."""
+    kept = settings
     if (out / "config.json").exists():
-        try:
+        foreign = f"--output_dir {out}: its config.json is not of a run of this program"
+        with refusing(foreign, "name another folder"):
             kept = json.loads((out / "config.json").read_text())
             kept["output_dir"]
-        except (ValueError, KeyError, TypeError):
-            refuse(f"--output_dir {out}: its config.json is not of a run of this program; name another folder")
     elif any(f.name not in (".lock", "config.json.tmp", "training", "rows") for f in out.iterdir()):
         refuse(f"--output_dir {out}: is not empty and holds no run of this program; name another folder")
-    if kept and overwrite and rank() == 0:
-        ours = re.compile(r"(sft|base|reward_model|cost_model|helpful|safe|policy|training|rows|iterate-.*|lambda-.*"
-                          r"|metrics.jsonl|results.json|samples.jsonl|.*\.safetensors|.*\.png)(\.tmp)?")
-        list(map(remove, (f for f in out.iterdir() if ours.fullmatch(f.name))))
+    if overwrite:
+        ours = re.compile(r"(sft|base|reward_model|cost_model|helpful|safe|policy|training|rows|iterate-.*"
+                          r"|lambda-.*|metrics.jsonl|results.json|samples.jsonl|.*\.safetensors)(\.tmp)?")
+        remove(*(f for f in out.iterdir() if ours.fullmatch(f.name)))
     changed = [f"{key} was {kept.get(key)!r:.80}, is {value!r:.80}" for key, value in settings.items()
-               if kept and not overwrite and key not in EXTENDING and kept.get(key) != value]
+               if not overwrite and key not in EXTENDING and kept.get(key) != value]
     if changed:
-        refuse(f"--output_dir {out}: the run there has other settings ({'; '.join(changed)}); use those, name another "
-               "folder, or start afresh with --overwrite")
+        refuse(f"--output_dir {out}: the run there has other settings ({'; '.join(changed)}); use those, "
+               "name another folder, or start afresh with --overwrite")
     gather(None)
-    for folder in ("training", "rows"):
-        (out / folder).mkdir(exist_ok=True)
+    (out / "training").mkdir(exist_ok=True)
+    (out / "rows").mkdir(exist_ok=True)
+    write(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False))
 
 def main(argv=None):
     """The whole program. Refusals are SystemExit(2) with one line on standard error."""
@@ -1558,17 +1418,20 @@ def main(argv=None):
     try:
         with run_folder(cfg) as out:
             run(SimpleNamespace(cfg=cfg, out=out))
+        gather(None)  # no process takes the group down while another still uses it
     except KeyboardInterrupt:
-        print(f"\ncdpo: stopped; the same command goes on from {cfg.output_dir}", file=sys.stderr)
-        raise SystemExit(130) from None
+        refuse(f"stopped; the same command goes on from {cfg.output_dir}", code=130)
     except torch.OutOfMemoryError:
-        print(f"cdpo: out of GPU memory. Activations shrink with --tokens_per_batch (now {cfg.tokens_per_batch}), "
-              f"samples with --sample_batch (now {cfg.sample_batch}): halve one. torchrun divides the 16 bytes per "
-              "parameter by the number of GPUs, --cpu_offload moves them to host memory", file=sys.stderr)
+        print(f"cdpo: out of GPU memory. Halve --tokens_per_batch (now {cfg.tokens_per_batch}) for training "
+              f"or --sample_batch (now {cfg.sample_batch}) for samples. torchrun divides the 16 bytes per "
+              "parameter by the GPUs, --cpu_offload moves them to host memory", file=sys.stderr)
         raise
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and WORLD == 1:
             dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()
+    if WORLD > 1:  # everything is written; the threads of gloo now and then abort the interpreter's own way out
+        sys.stdout.flush()
+        os._exit(0)
