@@ -963,6 +963,10 @@ FLAGS = {  # name: (flags, words of the message)
     "a cost model for a reward model": (["--reward_model", "COST"], "calls it a cost model"),
     "no such policy to compare": (["--compare", "/nowhere/p"], "--compare /nowhere/p"),
     "a tokenizer too large": (["--model", '{"model_type": "llama", "vocab_size": 20}'], "20; name its own"),
+    "a decoder that scales its logits": (["--model", json.dumps({
+        "model_type": "granite", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "logits_scaling": 4.0, "initializer_range": 0.3})],
+        "attention or output head this program gets wrong"),
     "no such config": (["--config", "/nowhere.json"], "--config /nowhere.json"),
     "a config with an unknown key": (["--config", "UNKNOWN.json"], "--lamda"),
     "a config that is a list": (["--config", "LIST.json"], "one JSON object"),
