@@ -11,15 +11,12 @@ any training, in closed form on samples of π_ref; they are the same program wit
     python cdpo.py --config tiny_config.json                           # the whole method on a laptop
     python cdpo.py --model meta-llama/Llama-2-7b-hf                    # one GPU with 141 GB
     torchrun --nproc_per_node 8 cdpo.py --model meta-llama/Llama-2-7b-hf           # sharded over 8 (FSDP2)
-    python cdpo.py --sft_model DIR --reward_model PKU-Alignment/beaver-7b-v1.0-reward \\
-                   --cost_model PKU-Alignment/beaver-7b-v1.0-cost      # with given models
 
 The file reads as the paper reads: settings; the mathematics; data; rows and batches; models; files; training,
 scoring, sampling; the method; evaluation; the command. Left out on purpose: vector-valued λ, LoRA, tensor
 parallelism, other optimizers, callbacks. Equation numbers are those of 2403.02475.
 """
 import fcntl
-import functools
 import hashlib
 import json
 import math
@@ -29,7 +26,6 @@ import re
 import resource
 import shutil
 import signal
-import statistics
 import sys
 import time
 from collections import Counter
@@ -44,10 +40,9 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -74,7 +69,6 @@ class Config:
     seed: int = opt(0, "seed of every random choice")
     # Given models: each saves the stage that would train it
     sft_model: Optional[str] = opt(None, "reference policy, instead of training one by SFT")
-    skip_sft: bool = opt(False, "use --model as it is as the reference policy")
     reward_model: Optional[str] = opt(None, "reward model (Beaver layout), instead of training one by (3)")
     cost_model: Optional[str] = opt(None, "cost model (Beaver layout), instead of training one by (5)")
     helpful_model: Optional[str] = opt(None, "PeCAN: helpful-only DPO policy, instead of training one")
@@ -106,8 +100,7 @@ class Config:
     batch_size: int = opt(64, "pairs of an optimizer step, all processes together")
     tokens_per_batch: Optional[int] = opt(None, "tokens of a micro-batch (default 8192 on GPU, 1024 on CPU)")
     learning_rate: float = opt(1e-6, "of DPO")
-    sft_learning_rate: float = opt(1e-5, "of SFT")
-    score_learning_rate: float = opt(1e-5, "of the reward and cost models")
+    sft_learning_rate: float = opt(1e-5, "of SFT and of the reward and cost models")
     epochs: int = opt(1, "passes over the pairs in SFT and score models (those overfit in a second one)")
     max_steps: Optional[int] = opt(None, "bound every stage to this many batches, for a quick measurement")
     dtype: Optional[Literal["float32", "bfloat16"]] = opt(None, "of compute and models (bfloat16 on a GPU)")
@@ -128,7 +121,7 @@ BOUNDS = {  # lowest value: the settings it holds for
     1: "max_new_tokens lambda_samples iterations dpo_steps dual_prompts batch_size tokens_per_batch epochs "
        "max_steps eval_samples sample_batch",
     0: "seed lambda_init lambda_lr lambdas", 2: "lambda_prompts eval_prompts dual_samples", 4: "max_length",
-    1e-12: "beta learning_rate sft_learning_rate score_learning_rate save_minutes", 0.5: "cost_confidence"}
+    1e-12: "beta learning_rate sft_learning_rate save_minutes", 0.5: "cost_confidence"}
 
 def refuse(message, code=2):
     """Leave with one line on standard error that says what, where and how to mend it."""
@@ -146,16 +139,13 @@ def refusing(what, advice):
 
 def flags_of(path):
     """The settings of a JSON file as flags, so that one parser checks the names and types of both."""
-    with refusing(f"--config {path}", "it must be a readable JSON file"):
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        refuse(f"--config {path}: it must hold one JSON object of settings")
     flags = []
-    for key, value in settings.items():
-        if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)] if value else []
-        elif value is not None:
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
+    with refusing(f"--config {path}", "it must be a readable JSON file that holds one object of settings"):
+        for key, value in json.loads(Path(path).read_text(encoding="utf-8")).items():
+            if isinstance(value, list):
+                flags += [f"--{key}", *map(str, value)] if value else []
+            elif value is not None:
+                flags.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
     return flags
 
 def parse(argv):
@@ -185,7 +175,6 @@ def parse(argv):
         "--template must contain {prompt} once": cfg.template.count("{prompt}") != 1,
         "--cost_confidence must be below 1": cfg.cost_confidence >= 1,
         "--method pecan needs --margin: implicit costs have no zero": pecan and cfg.margin is None,
-        "--sft_model and --skip_sft exclude each other; give one": bool(cfg.sft_model) and cfg.skip_sft,
         "--lambda_step newton needs --lambda_samples of 2 or more": newton and cfg.lambda_samples < 2,
         "--lambdas names a value twice": len(set(cfg.lambdas)) < len(cfg.lambdas),
         "--max_new_tokens leaves no room for a prompt in --max_length": cfg.max_new_tokens >= cfg.max_length,
@@ -294,7 +283,7 @@ def estimate(values, level=0.5):
     """Upper confidence bound of E[values] at a level; 0.5 is the mean. values (n prompts, m samples) → float.
     The samples of one prompt are not independent, so the standard error is that of the n prompt means."""
     error = values.mean(dim=1).std() / math.sqrt(len(values))
-    return float(values.mean() + statistics.NormalDist().inv_cdf(level) * error)
+    return float(values.mean() + torch.special.ndtri(torch.tensor(level)) * error)
 
 def ci95(values):
     """95% confidence interval [low, high] of E[values], clustered by prompt. values (n, m)."""
@@ -381,8 +370,6 @@ def read_rows(source, flag, seed):
         return rows
     elif path.suffix == ".json":
         rows = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(rows, list):
-            refuse(f"--{flag} {source}: must hold a JSON list of rows, one object each")
     elif path.suffix == ".parquet":
         import pyarrow.parquet
         rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -393,18 +380,20 @@ def read_rows(source, flag, seed):
         rows = (rows.get("train", next(iter(rows.values()))) if isinstance(rows, dict) else rows).to_list()
     return [(f"row {number}", row) for number, row in enumerate(rows)]
 
-def load_pairs(source, flag, need, seed):
-    """Rows of a dataset as Pairs; `need` names the columns that this run uses beside the prompt.
+def load_pairs(source, flag, need, cfg, tokenizer):
+    """Rows of a dataset as tokenized Pairs; `need` names the columns that this run uses beside the prompt.
     A wrong type or value is refused with its place; a row that cannot be used is counted by reason."""
     with refusing(f"--{flag} {source}: cannot be read",
                   "give a hub name, a .jsonl, .json or .parquet file, or a folder saved by datasets"):
-        rows = read_rows(source, flag, seed)
-    pairs, skipped = [], Counter()
+        rows = read_rows(source, flag, cfg.seed)
+        if not rows:
+            raise ValueError("it is empty")
+    pairs, columns, used, skipped = [], ["prompt", *need], [], Counter()
     for where, row in rows:
-        for name in ["prompt", *need]:
+        for name in columns:
             if not isinstance(row, dict) or name not in row:
                 refuse(f"--{flag} {source}, {where}: column {name} is missing; this run needs "
-                       + ", ".join(["prompt", *need]))
+                       + ", ".join(columns))
             value, text = row[name], name in ("prompt", "response_0", "response_1")
             if not (isinstance(value, str) if text else isinstance(value, int) and value in (0, 1)):
                 rule = "text" if text else "true or false" if name.startswith("is_") else "0 or 1"
@@ -413,25 +402,24 @@ def load_pairs(source, flag, need, seed):
         texts = known.get("response_0", ""), known.get("response_1", "")
         better, safer = int(known.get("better_response_id", 0)), int(known.get("safer_response_id", 0))
         signs = tuple(1 - 2 * known.get(f"is_response_{i}_safe", 0.5) for i in (0, 1))  # 0 where unknown
-        reason = ("empty prompt" if not row["prompt"].strip() else
-                  "empty response" if need and not (texts[0].strip() and texts[1].strip()) else
-                  "identical responses" if need and texts[0] == texts[1] else
-                  "'safer' response unsafe beside a safe one" if signs[safer] > signs[1 - safer] else None)
+        pairs.append(Pair(row["prompt"].strip(), texts, better=better, safer=safer, signs=signs))
+    tokens, counts = with_ids(pairs, tokenizer, cfg.template, cfg.max_length)
+    for pair, ids in zip(pairs, tokens):
+        reason = ("empty prompt" if not pair.prompt else None if not need else
+                  "empty response" if not all(text.strip() for text in pair.responses) else
+                  "'safer' response unsafe beside a safe one" if pair.signs[pair.safer] > min(pair.signs) else
+                  "prompt that fills --max_length" if not (ids[1] and ids[2]) else
+                  "identical responses" if ids[1] == ids[2] else None)
         skipped[reason] += 1
-        if not reason:
-            pairs.append(Pair(row["prompt"].strip(), texts, better=better, safer=safer, signs=signs))
-    return usable(pairs, source, flag, skipped)
-
-def usable(pairs, source, flag, skipped, also=""):
-    """Say once what was left out, by reason; more than half of the data lost is an error."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if reason)
-    used = f"{len(pairs)} of {skipped.total()} rows"
-    if reasons or also:
-        say(f"{source}: {used} used; skipped: {reasons or 'none'}{also}")
-    if len(pairs) * 2 < skipped.total() or not pairs:
-        refuse(f"--{flag} {source}: only {used} can be used ({reasons or 'it is empty'}); mend the data or, "
-               "where prompts are too long, raise --max_length")
-    return pairs
+        used += [] if reason else [replace(pair, ids=ids)]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if reason) or "none"
+    if reasons != "none" or counts.total():
+        say(f"{source}: {len(used)} of {len(pairs)} rows used; skipped: {reasons}; {counts['cut']} responses "
+            f"cut, {counts['misaligned']} whose tokens do not follow the prompt's")
+    if len(used) * 2 < len(pairs) or not used:
+        refuse(f"--{flag} {source}: only {len(used)} of {len(pairs)} rows can be used (skipped: {reasons}); "
+               "mend the data or, where prompts are too long, raise --max_length")
+    return used
 
 def encode(tokenizer, template, texts, max_length):
     """Tokens of (prompt, response, ended) → [(prompt_ids, response_ids)], how many were cut or misaligned.
@@ -477,25 +465,23 @@ def split_by_prompt(pairs, eval_pairs, cfg):
     return held_out, [pair for pair in pairs if pair.prompt in steering], train
 
 # ---- Rows and batches: a row holds a prompt with both responses, so that no prompt token is run twice ------
-def collate_pairs(pairs, pad_id=0, shared=True):
+def collate_pairs(pairs, pad_id=0):
     """[(prompt_ids, y0_ids, y1_ids), …] → a batch of shared-prompt rows prompt + y0 + y1, for any decoder.
     Position ids of y1 restart at the prompt's end, and a token sees what is before it in the prompt and in
     its own response only. Ids are taken as they are: who made them put the end-of-sequence token in. → dict
     of input_ids, position_ids (B, L); attention_mask (B, 1, L, L) bool; and, as indices into the B·L tokens,
     `source` (N,), where the N response tokens `target` (N,) are predicted, `owner` (N,), the response 2·row +
-    i that each belongs to, and `last` (2B,), the last token of each response. shared=False: a row per
-    response, mask (2B, L). ValueError for an empty prompt."""
-    rows = [(p, (y0, y1)) for p, y0, y1 in pairs] if shared else [(p, (y,)) for p, *ys in pairs for y in ys]
-    width = max(len(prompt) + sum(map(len, ys)) for prompt, ys in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    position_ids = torch.zeros((len(rows), width), dtype=torch.long)
-    segment = torch.full((len(rows), width), -1)  # 0 prompt, 1 and 2 responses, −1 padding: by length, no id
+    i that each belongs to, and `last` (2B,), the last token of each response. ValueError: empty prompt."""
+    width = max(sum(map(len, parts)) for parts in pairs)
+    input_ids = torch.full((len(pairs), width), pad_id)
+    position_ids = torch.zeros((len(pairs), width), dtype=torch.long)
+    segment = torch.full((len(pairs), width), -1)  # 0 prompt, 1 and 2 responses, −1 padding: by length, no id
     source, target, owner, last = [], [], [], []
-    for row, (prompt, ys) in enumerate(rows):
+    for row, (prompt, *responses) in enumerate(pairs):
         if not len(prompt):
             raise ValueError("collate_pairs: an empty prompt has no token to predict the response from")
         start, prompt_end = 0, row * width + len(prompt) - 1
-        for part, tokens in enumerate([prompt, *ys]):
+        for part, tokens in enumerate([prompt, *responses]):
             first, stop, offset = row * width + start, start + len(tokens), len(prompt) if part else 0
             input_ids[row, start:stop] = torch.tensor(tokens)
             position_ids[row, start:stop] = torch.arange(offset, offset + len(tokens))
@@ -506,10 +492,8 @@ def collate_pairs(pairs, pad_id=0, shared=True):
                 owner += [len(last)] * len(tokens)
                 last.append(first + len(tokens) - 1 if len(tokens) else prompt_end)
             start = stop
-    mask = segment >= 0
-    if shared:
-        seen = (segment[:, :, None] == segment[:, None, :]) | (segment == 0)[:, None, :]
-        mask = (torch.ones(width, width, dtype=torch.bool).tril() & seen)[:, None]
+    seen = (segment[:, :, None] == segment[:, None, :]) | (segment == 0)[:, None, :]
+    mask = (torch.ones(width, width, dtype=torch.bool).tril() & seen)[:, None]
     index = {"source": source, "target": target, "owner": owner, "last": last}
     return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask,
             **{name: torch.tensor(values, dtype=torch.long) for name, values in index.items()}}
@@ -603,12 +587,6 @@ class ScoreModel(transformers.PreTrainedModel):
             score = (score - mean) / self.normalizer.var.float().sqrt()
         return score.squeeze(-1)
 
-    def forward(self, input_ids, attention_mask):
-        """input_ids, attention_mask (B, L), right-padded → (B,) float32, the scores at the last tokens."""
-        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        last = attention_mask.long().sum(dim=1) - 1
-        return self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
-
 class Root(nn.Module):
     """A model whose forward is `function(model, batch)`: FSDP2 has parameters whole only inside a forward."""
     def __init__(self, model, function):
@@ -668,15 +646,13 @@ def load_model(source, cfg, flag="model", vocabulary=None):
         return attempt(ScoreModel.from_pretrained, source, flag)
     kwargs = {"config": load_config(source, flag, vocabulary), "attn_implementation": "sdpa"}
     torch.manual_seed(cfg.seed)  # for a model built from a dictionary
-    def load(name):
-        if name.startswith("{"):
-            return AutoModelForCausalLM.from_config(**kwargs)
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", **kwargs)
-    model = attempt(load, source, flag)
+    if str(source).startswith("{"):
+        model = AutoModelForCausalLM.from_config(**kwargs)
+    else:
+        model = attempt(AutoModelForCausalLM.from_pretrained, source, flag, dtype="auto", **kwargs)
     # generate() takes what it is not told from here: a checkpoint's top_k or repetition penalty must not leak
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    special = {key: getattr(model.config, key, None) for key in special}
-    model.generation_config = transformers.GenerationConfig(**special)
+    tokens = {key: getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = transformers.GenerationConfig(**tokens)
     return model
 
 def inference_model(source, cfg, flag="model"):
@@ -765,15 +741,16 @@ def fingerprint(*things):
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 def cached(file, source, compute):
-    """A dictionary of tensors: from a safetensors file whose fingerprint matches, or computed and written."""
+    """A dictionary of tensors: from a file whose fingerprint matches, or computed and written."""
     if file.exists():
-        with safe_open(file, "pt") as kept:
-            if kept.metadata()["source"] == source:
-                return {key: kept.get_tensor(key) for key in kept.keys()}
+        with refusing(f"{file}: cannot be read", "delete it"):
+            kept = torch.load(file, weights_only=True)
+            if kept["source"] == source:
+                return kept
         say(f"{file.name}: the data or the models have changed; computing it again")
-    tensors = {key: value.contiguous().clone() for key, value in compute().items()}
+    tensors = compute()
     with atomic(file) as temporary:
-        save_file(tensors, temporary, {"source": source}) if RANK == 0 else None
+        torch.save({"source": source, **tensors}, temporary) if RANK == 0 else None
     return tensors
 
 def local(tensor):
@@ -784,17 +761,13 @@ def save_training(job, name, root, optimizer, state):
     """Keep weights, optimizer and bookkeeping, in place of the last; every process writes its own shards."""
     if job.cfg.no_checkpoint:
         return
-    tensors = {}
-    for key, parameter in root.named_parameters():
-        slots = {"weight": parameter.detach(), **optimizer.state.get(parameter, {})}
-        tensors |= {f"{slot}.{key}": local(value) for slot, value in slots.items()}
     state["saved"] = state.get("saved", 0) + 1
     older = list((job.out / "training").glob(f"{name}-*"))
+    shards = [(local(parameter.detach()), {slot: local(value) for slot, value in optimizer.state[parameter].items()})
+              for parameter in root.parameters()]
     with atomic(job.out / "training" / f"{name}-{state['saved']:06d}") as folder:
         folder.mkdir(exist_ok=True)
-        save_file(tensors, folder / f"rank-{RANK}.safetensors")
-        if RANK == 0:
-            (folder / "state.json").write_text(json.dumps({**state, "ranks": WORLD}))
+        torch.save({"state": state, "shards": shards}, folder / f"rank-{RANK}.pt")
     remove(*older)
 
 def restore_training(job, name, root, optimizer, **fresh):
@@ -802,19 +775,17 @@ def restore_training(job, name, root, optimizer, **fresh):
     folders = sorted(f for f in (job.out / "training").glob(f"{name}-*") if f.suffix != ".tmp")
     if not folders:
         return {"step": 0, "loss_sum": 0.0, "accuracy_sum": 0.0, **fresh}
-    state = json.loads((folders[-1] / "state.json").read_text())
-    if state.pop("ranks") != WORLD:
+    if len(list(folders[-1].iterdir())) != WORLD:
         refuse(f"{folders[-1]}: written by another number of processes; start as many, or use --overwrite")
-    tensors = load_file(folders[-1] / f"rank-{RANK}.safetensors")
-    with torch.no_grad():
-        for key, parameter in root.named_parameters():
-            local(parameter).copy_(tensors[f"weight.{key}"])
-            if f"step.{key}" in tensors:
-                slots = {slot: torch.zeros_like(parameter) for slot in ("exp_avg", "exp_avg_sq")}
-                for slot, values in slots.items():
-                    local(values).copy_(tensors[f"{slot}.{key}"])
-                step = tensors[f"step.{key}"].to(local(parameter).device)
-                optimizer.state[parameter] = {"step": step, **slots}
+    with torch.no_grad(), refusing(f"{folders[-1]}: cannot be read", "delete it to begin the stage again"):
+        kept = torch.load(folders[-1] / f"rank-{RANK}.pt", "cpu", weights_only=True, mmap=True)
+        for parameter, (weight, slots) in zip(root.parameters(), kept["shards"], strict=True):
+            local(parameter).copy_(weight)
+            for slot, value in slots.items():
+                whole = torch.zeros_like(parameter) if value.dim() else torch.zeros((), device=parameter.device)
+                local(whole).copy_(value)
+                optimizer.state[parameter][slot] = whole
+    state = kept["state"]
     say(f"{name}: going on from step {state['step']} of iteration {state.get('iteration', 0)}")
     return state
 
@@ -835,38 +806,30 @@ def export(root, tokenizer, path, cfg, **settings):
             (folder / "config.json").write_text(json.dumps({**config, "dtype": cfg.dtype}, indent=2))
 
 # ---- Training, scoring, sampling ---------------------------------------------------------------------------
-def throughput(model, ids, seconds, training):
-    """Pairs and tokens per second, peak memory and, on a GPU, model FLOPs utilisation of a stretch of work.
-    Model FLOPs of training: 6 × parameters × real tokens (the output head's × response tokens; no input
-    embeddings) + 12 × layers × width × attended keys; a third of that for inference. No credit for padding or
-    recomputation. Measured against matrix_rate()."""
+def throughput(title, model, ids, seconds, training):
+    """Say and return the pairs and tokens per second, peak memory and, on a GPU, model FLOPs utilisation (MFU)
+    of a stretch of work. Model FLOPs of training: 6 × parameters × real tokens (the output head's × response
+    tokens; no input embeddings) + 12 × layers × width × attended keys; a third of that for inference. No
+    credit for padding or recomputation. The peak is that of a bfloat16 matrix product of size 8192 here."""
     lengths = [[len(part) for part in parts] for parts in ids]
     tokens, answers = (sum(sum(parts[k:]) for parts in lengths) for k in (0, 1))
     numbers = {"pairs_per_second": len(ids) / seconds, "tokens_per_second": tokens / seconds,
                "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     if torch.cuda.is_available():
+        numbers["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         head, config = model.get_output_embeddings(), model.config
         head = sum(p.numel() for p in head.parameters()) if head is not None else 0
         embeddings = sum(p.numel() for p in model.get_input_embeddings().parameters())
         body = model.num_parameters() - embeddings - (0 if config.tie_word_embeddings else head)
         keys = sum(p * p / 2 + sum(y * p + y * y / 2 for y in ys) for p, *ys in lengths)
         flops = body * tokens + head * answers + 2 * config.num_hidden_layers * config.hidden_size * keys
-        numbers["mfu"] = (6 if training else 2) * flops / seconds / WORLD / matrix_rate()
-        numbers["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+        peak = 2 * 8192**3 / Timer("a @ a", globals={"a": a}).blocked_autorange().median
+        numbers["mfu"] = (6 if training else 2) * flops / seconds / WORLD / peak
         torch.cuda.reset_peak_memory_stats()
-    return numbers
-
-def meter(numbers):
-    """The numbers of throughput() as text."""
     text = "{pairs_per_second:,.1f} pairs/s, {tokens_per_second:,.0f} tokens/s, peak {peak_memory_gb:.2f} GB"
-    return (text + ", MFU {mfu:.0%}" * ("mfu" in numbers)).format(**numbers)
-
-@functools.cache
-def matrix_rate():
-    """FLOP/s of this GPU in a bfloat16 matrix product of size 8192."""
-    from torch.utils.benchmark import Timer
-    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    return 2 * 8192**3 / Timer("a @ a", globals={"a": a}).blocked_autorange().median
+    say(f"{title}, " + (text + ", MFU {mfu:.0%}" * ("mfu" in numbers)).format(**numbers))
+    return numbers
 
 def bar(iterable, title, **kwargs):
     """A progress bar on the terminal of process 0."""
@@ -884,7 +847,7 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
             group["lr"] = learning_rate * warm * (1 - step / len(order) if decay else 1)
         for group in cut([pairs[i].ids for i in rows], cfg.tokens_per_batch, WORLD)[RANK::WORLD]:
             index = torch.tensor([rows[i] for i in group or [0]])  # weight 0 where only other ranks have work
-            outputs = root(collate_pairs([pairs[i].ids for i in index], job.pad_id, job.shared))
+            outputs = root(collate_pairs([pairs[i].ids for i in index], job.pad_id))
             loss, accuracy = loss_fn(outputs, index)
             (loss * WORLD * len(group) / len(rows)).backward()  # FSDP2 averages over the ranks
             losses.append((loss.detach(), index.tolist()))
@@ -908,23 +871,32 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
             save_training(job, name, root, optimizer, state)
             saved = time.monotonic()
     done = [pairs[i].ids for rows in order[resumed:] for i in rows]
-    numbers = throughput(root.model, done, max(seconds, 1e-9), training=True)
-    say(f"{name}: {len(order)} steps, mean loss {state['loss_sum'] / len(order):.4f}, {meter(numbers)}")
-    return numbers
+    title = f"{name}: {len(order)} steps, mean loss {state['loss_sum'] / len(order):.4f}"
+    return throughput(title, root.model, done, max(seconds, 1e-9), training=True)
 
-def train_stage(job, name, load, function, learning_rate, steps, loss_fn, decay=True, **settings):
-    """Train a model on the job's pairs into the folder `name`, unless it is there → the folder."""
-    path = job.out / name
+def train_stage(job, name, loss_fn):
+    """Train a model on the job's pairs into the folder `name`, unless it is there → the folder. SFT and score
+    models pass over the data; a policy for one fixed labelling gets as many steps as a whole C-DPO run."""
+    cfg, path, scores = job.cfg, job.out / name, name.endswith("_model")
     if path.exists():
         say(f"{name}: found in {path}")
         return path
-    torch.manual_seed(job.cfg.seed)  # for a new score head
-    root, optimizer = training_model(load(), function, job.cfg, learning_rate)
+    torch.manual_seed(cfg.seed)  # for a new score head
+    if scores:
+        config = without_dropout(AutoConfig.from_pretrained(job.reference, attn_implementation="sdpa"))
+        model = ScoreModel(config)
+        model.model = AutoModel.from_pretrained(job.reference, config=config)
+    else:
+        model = load_model(job.reference or job.base, cfg)
+    dpo = job.reference is not None and not scores
+    rate = cfg.learning_rate if dpo else cfg.sft_learning_rate
+    steps = cfg.iterations * cfg.dpo_steps if dpo else cfg.epochs * math.ceil(len(job.train) / cfg.batch_size)
+    rows = draw(len(job.train), 0, min(steps, cfg.max_steps or steps) * cfg.batch_size, cfg.seed, name)
+    root, optimizer = training_model(model, pair_scores if scores else sequence_logps, cfg, rate)
     state = restore_training(job, name, root, optimizer)
-    rows = draw(len(job.train), 0, steps * job.cfg.batch_size, job.cfg.seed, name)
-    order = chunks(rows, job.cfg.batch_size)
-    train(job, name, root, optimizer, job.train, order, learning_rate, loss_fn, state, decay)
-    export(root, job.tokenizer, path, job.cfg, **settings)
+    train(job, name, root, optimizer, job.train, chunks(rows, cfg.batch_size), rate, loss_fn, state, not dpo)
+    kind = {"score_type": name.removesuffix("_model")} if scores else {}
+    export(root, job.tokenizer, path, cfg, **kind)
     remove(*(job.out / "training").glob(f"{name}-*"))
     return path
 
@@ -934,13 +906,13 @@ def infer(job, path, ids, title, flag="model"):
     model, function = inference_model(path, job.cfg, flag), sequence_logps if flag == "model" else pair_scores
     outputs, started = [], time.perf_counter()
     for group in filter(None, bar(cut(ids, job.cfg.tokens_per_batch)[RANK::WORLD], title)):
-        batch = collate_pairs([ids[i] for i in group], job.pad_id, job.shared)
+        batch = collate_pairs([ids[i] for i in group], job.pad_id)
         outputs.append((group, function(model, batch).float().cpu()))
     result = torch.zeros(len(ids), 2)
     for group, values in sum(gather(outputs), []):
         result[group] = values
     if (seconds := time.perf_counter() - started) > 5:
-        say(f"{title}: {meter(throughput(model, ids, seconds, training=False))}")
+        throughput(title, model, ids, seconds, training=False)
     if not torch.isfinite(result).all():
         refuse(f"{path}: {title} is not finite for pair {int((~torch.isfinite(result)).nonzero()[0, 0])}")
     return result
@@ -994,19 +966,18 @@ def score(job, pairs, implicit, ref_logps=None):
 
 def measure(job, path, prompts, count, key, implicit):
     """Sample a policy and score it: the estimates behind every step of λ and every row of the table.
-    prompts is a list of texts → namespace of reward, cost, log_ratio to π_ref and length, all (n, count), and
-    the samples as pairs with their own scores, (N, 2)."""
+    prompts are texts → namespace of reward, cost, log_ratio to π_ref and length, all (n, count), the texts,
+    and the samples as pairs with their scores (reward, cost, log π_ref), each (N, 2)."""
     if job.cfg.max_steps:
         prompts = prompts[: max(2, job.cfg.max_steps * job.cfg.sample_batch // count)]
-    own = attempt(AutoTokenizer.from_pretrained, path, "compare")
-    texts, pairs = [(text, "", False) for text in prompts], []
-    heads = [head for head, _ in encode(own, job.cfg.template, texts, 10**6)[0]]
+    own, texts, pairs = attempt(AutoTokenizer.from_pretrained, path, "compare"), [], []
+    heads = [head for head, _ in encode(own, job.cfg.template, [(x, "", False) for x in prompts], 10**6)[0]]
     for prompt, head, answers in zip(prompts, heads, sample(job, path, heads, count, key, own)):
-        texts = own.batch_decode([y for y, _ in answers], skip_special_tokens=True)
-        drawn = [(text, *answer) for text, answer in zip(texts, answers)]
+        texts.append(own.batch_decode([y for y, _ in answers], skip_special_tokens=True))
+        drawn = [(text, *answer) for text, answer in zip(texts[-1], answers)]
         for couple in zip(drawn[::2], drawn[1::2] + drawn[-1:]):  # an odd last one beside itself
-            texts, ids, ended = zip(*couple)
-            pairs.append(Pair(prompt, texts, (head, *ids), ended))
+            responses, ids, ended = zip(*couple)
+            pairs.append(Pair(prompt, responses, (head, *ids), ended))
     logps = ref_logps = infer(job, path, [p.ids for p in pairs], "log π of samples")
     if str(path) != str(job.reference):  # with another tokenizer, log π_ref is of the text in its own tokens
         same = own.get_vocab() == job.tokenizer.get_vocab()
@@ -1015,12 +986,25 @@ def measure(job, path, prompts, count, key, implicit):
     reward, cost = score(job, pairs, implicit, ref_logps)
     values = {"reward": reward, "cost": cost, "log_ratio": logps - ref_logps,
               "length": torch.tensor([[float(len(y)) for y in p.ids[1:]] for p in pairs])}
+    if job.cfg.dataset.startswith("tiny"):
+        truth = torch.tensor([[tiny_truth(p.prompt, y) for y in p.responses] for p in pairs])
+        values |= {"true_reward": truth[..., 0], "true_cost": truth[..., 1]}
     values = {name: value.reshape(len(prompts), -1)[:, :count] for name, value in values.items()}
-    return SimpleNamespace(**values, pairs=pairs, scores=(reward, cost, ref_logps))
+    return SimpleNamespace(**values, texts=texts, pairs=pairs, scores=torch.stack([reward, cost, ref_logps]))
+
+def summary(found):
+    """The numbers of a measurement, as they stand in metrics.jsonl and results.json."""
+    numbers = {"safe_rate": float((found.cost <= 0).float().mean()), "kl": float(found.log_ratio.mean()),
+               "length_mean": float(found.length.mean())}
+    for name, values in vars(found).items():
+        if name.endswith(("reward", "cost")):
+            numbers |= {f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std()),
+                        f"{name}_ci95": ci95(values)}
+    return numbers
 
 # ---- The method --------------------------------------------------------------------------------------------
 def dpo_fit(ref_logps, prob, beta):
-    """The loss of (13) as train() takes it."""
+    """The loss of (13) as train() takes it: of the outputs for the rows `index`."""
     def loss_fn(logps, index):
         ref, p = ref_logps[index].to(logps.device), prob[index].to(logps.device)
         log_ratio = (logps - ref).detach()
@@ -1033,11 +1017,10 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
     cfg = job.cfg
     policy, optimizer = training_model(load_model(job.reference, cfg), sequence_logps, cfg, cfg.learning_rate)
     state = restore_training(job, "policy", policy, optimizer, **{
-        "iteration": 0, "lambda": lam, "best": None, "history": [], "fresh": [], "fresh_scores": [[], [], []],
-        "drawn": 0, "steps_before": 0})
+        "iteration": 0, "lambda": lam, "best": None, "history": [], "fresh": [],
+        "fresh_scores": torch.zeros(3, 0, 2), "drawn": 0, "steps_before": 0})
     while state["iteration"] < iterations:
         iteration, lam, started = state["iteration"], state["lambda"], time.perf_counter()
-        folder = job.out / f"iterate-{iteration}"
         pairs, (reward, cost, ref_logps), order, offline = pairs_of_iteration(job, state, steps)
         prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, iteration))            # (12)
         numbers = train(job, "policy", policy, optimizer, pairs, order, cfg.learning_rate,
@@ -1045,35 +1028,36 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
         first = state["first_loss"]
         if iteration == 0 and abs(first - math.log(2)) > (1e-4 if cfg.dtype == "float32" else 2e-3):
             say(f"warning: the first DPO loss is {first:.5f}, not ln 2: policy and reference differ")
+        folder = job.out / f"iterate-{iteration}"
         export(policy, job.tokenizer, folder, cfg)
         found = measure(job, folder, job.steering, cfg.lambda_samples, ("step", iteration), job.implicit)
         bound = estimate(found.cost, cfg.cost_confidence)                                            # Ĵ_c
         shifted = found.cost + (bound - found.cost.mean())  # so that the step of λ uses the same estimate
-        state["lambda"] = next_lambda(cfg, lambda_mode, lam, shifted, job.cost_limit)
-        reward_mean, cost_mean, kl = (float(v.mean()) for v in (found.reward, found.cost, found.log_ratio))
-        feasible = bound <= job.cost_limit
-        merit = [feasible, reward_mean - cfg.beta * kl if feasible else -bound]  # (6), or the least cost
+        if lambda_mode == "newton" and shifted.var(dim=1).mean() > 0:
+            state["lambda"] = newton_lambda_step(lam, shifted, job.cost_limit, cfg.beta)
+        elif lambda_mode != "fixed":  # also where a collapsed policy leaves Newton no variance
+            state["lambda"] = lambda_step(lam, shifted, job.cost_limit, cfg.lambda_lr)                  # (14)
+        entry = {"iteration": iteration, "lambda": lam, **summary(found), "first_dpo_loss": first,
+                 "dpo_loss": state["loss_sum"] / len(order), "dpo_accuracy": state["accuracy_sum"] / len(order),
+                 **numbers, "seconds": time.perf_counter() - started}
+        say(("iteration {iteration}: λ {lambda:.4f}, cost {cost_mean:+.3f} [{cost_ci95[0]:+.3f}, "
+             "{cost_ci95[1]:+.3f}], reward {reward_mean:+.3f}, KL {kl:.3f}; next λ ").format(**entry)
+            + f"{state['lambda']:.4f}")
+        feasible = bound <= job.cost_limit  # the best has the highest (6), or else the least cost
+        merit = [feasible, entry["reward_mean"] - cfg.beta * entry["kl"] if feasible else -bound]
         if state["best"] is None or merit > state["best"]["merit"]:
             state["best"] = {"merit": merit, "iteration": iteration, "lambda": lam}
-        text = "cost {:+.3f} [{:+.3f}, {:+.3f}], reward {:+.3f}, KL {:.3f}; next λ {:.4f}"
-        text = text.format(cost_mean, *ci95(found.cost), reward_mean, kl, state["lambda"])
-        say(f"iteration {iteration}: λ {lam:.4f}, {text}")
-        state["history"].append({
-            "iteration": iteration, "lambda": lam, "cost_mean": cost_mean, "cost_ci95": ci95(found.cost),
-            "reward_mean": reward_mean, "reward_ci95": ci95(found.reward), "kl": kl,
-            "dpo_loss": state["loss_sum"] / len(order), "dpo_accuracy": state["accuracy_sum"] / len(order),
-            "first_dpo_loss": first, **numbers, "seconds": time.perf_counter() - started})
         if cfg.recycle and lambda_mode != "fixed":
             keep = [i for i, p in enumerate(found.pairs) if p.ids[1] != p.ids[2]]
-            fresh = [found.pairs[i] for i in keep]
-            state["fresh"] = [(p.prompt, p.responses, p.ids, p.ended) for p in fresh]
-            state["fresh_scores"] = [values[keep].tolist() for values in found.scores]
+            state["fresh"] = [vars(found.pairs[i]) for i in keep]
+            state["fresh_scores"] = found.scores[:, keep]
         state.update(iteration=iteration + 1, step=0, loss_sum=0.0, accuracy_sum=0.0,
-                     drawn=state["drawn"] + offline, steps_before=state["steps_before"] + len(order))
+                     drawn=state["drawn"] + offline, steps_before=state["steps_before"] + len(order),
+                     history=[*state["history"], entry])
         save_training(job, "policy", policy, optimizer, state)
         write(job.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in state["history"]))
-        best = f"iterate-{state['best']['iteration']}"
-        remove(*(f for f in job.out.glob("iterate-*") if f.name != best))
+        best = job.out / f"iterate-{state['best']['iteration']}"
+        remove(*(f for f in job.out.glob("iterate-*") if f != best))
     if not state["best"]["merit"][0]:
         say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the one of least cost; try more "
             "--iterations or --dpo_steps, or a higher --cost_limit")
@@ -1088,26 +1072,13 @@ def pairs_of_iteration(job, state, steps):
     """The dataset's pairs in their endless order, with the last iteration's samples mixed in once each.
     → pairs, their scores (reward, cost, log π_ref), the rows of each step, how many are the dataset's."""
     size, seed, iteration = job.cfg.batch_size, job.cfg.seed, state["iteration"]
-    fresh = [Pair(x, tuple(ys), tuple(ids), tuple(ended)) for x, ys, ids, ended in state["fresh"]]
-    scores = zip(job.scores, state["fresh_scores"])
-    scores = [torch.cat([old, torch.tensor(new).view(-1, 2)]) for old, new in scores]
+    fresh, scores = [Pair(**pair) for pair in state["fresh"]], torch.cat([job.scores, state["fresh_scores"]], 1)
     count = min(len(fresh), steps * size // 2)
     online = draw(len(fresh), 0, count, "fresh", seed, iteration) if count else []
     offline = draw(len(job.train), state["drawn"], steps * size - count, "policy", seed)
     rows = offline + [len(job.train) + i for i in online]
     rows = [rows[i] for i in draw(len(rows), 0, len(rows), "mix", seed, iteration)]
     return job.train + fresh, scores, chunks(rows, size), len(offline)
-
-def next_lambda(cfg, mode, lam, cost, cost_limit):
-    """λ after a dual step on the costs (n, m) of the policy's samples, whose mean is the estimate."""
-    if mode == "fixed":
-        return lam
-    if mode == "newton":
-        try:
-            return newton_lambda_step(lam, cost, cost_limit, cfg.beta)
-        except ValueError as error:
-            say(f"{error}; a gradient step instead")
-    return lambda_step(lam, cost, cost_limit, cfg.lambda_lr)                                            # (14)
 
 def start_lambda(job):
     """The limit and the first λ: given, or in closed form on samples of π_ref. Says what that predicts."""
@@ -1119,7 +1090,7 @@ def start_lambda(job):
         found = measure(job, job.reference, prompts, cfg.dual_samples, "dual", job.implicit)
         return {"reward": found.reward, "cost": found.cost}
     source = fingerprint(prompts, cfg.dual_samples, cfg.max_new_tokens, job.models)
-    scores = cached(job.out / "reference_samples.safetensors", source, compute)
+    scores = cached(job.out / "reference_samples.pt", source, compute)
     job.prediction = reward, cost = scores["reward"], scores["cost"]
     if cfg.margin is not None:
         job.cost_limit = float(cost.mean()) - cfg.margin
@@ -1137,84 +1108,57 @@ def start_lambda(job):
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 def evaluate(job, name, path, lam):
-    """One row of the table: the scored answers of the policy in a folder; kept on disk."""
-    cfg, file = job.cfg, job.out / "rows" / f"{fingerprint(name)[:16]}.json"
-    sampling = job.evaluation, cfg.eval_samples, cfg.max_new_tokens
-    source = fingerprint(Path(path), name, lam, *sampling, job.models)
-    if file.exists() and (kept := json.loads(file.read_text()))["source"] == source:
-        return kept["row"], kept["samples"]
-    found = measure(job, path, job.evaluation, cfg.eval_samples, "eval",
-                    not (job.reward_model and job.cost_model))
-    row = {"name": name, "lambda": lam, "safe_rate": float((found.cost <= 0).float().mean()),
-           "kl": float(found.log_ratio.mean()), "length_mean": float(found.length.mean())}
-    texts = [text for pair in found.pairs for text in pair.responses]
-    texts = [group[: cfg.eval_samples] for group in chunks(texts, 2 * math.ceil(cfg.eval_samples / 2))]
-    columns = {"reward": found.reward, "cost": found.cost}
-    if cfg.dataset.startswith("tiny"):
-        truth = torch.tensor([[tiny_truth(x, y) for y in ys] for x, ys in zip(job.evaluation, texts)])
-        columns |= {"true_reward": truth[..., 0], "true_cost": truth[..., 1]}
-    for column, values in columns.items():
-        row |= {f"{column}_mean": float(values.mean()), f"{column}_std": float(values.std()),
-                f"{column}_ci95": ci95(values)}
+    """One row of the table, and the scored answers behind it, of the policy in a folder."""
+    implicit = not (job.reward_model and job.cost_model)
+    found = measure(job, path, job.evaluation, job.cfg.eval_samples, "eval", implicit)
+    row = {"name": name, "lambda": lam, **summary(found)}
     if job.prediction and lam is not None:  # what the closed form said before any training
-        row |= {f"predicted_{key}": value for key, value in predict(*job.prediction, lam, cfg.beta).items()}
-    answers = zip(job.evaluation, texts, found.reward.tolist(), found.cost.tolist())
-    samples = [{"policy": name, "prompt": prompt, "response": y, "reward": r, "cost": c}
-               for prompt, *columns in answers for y, r, c in zip(*columns)]
-    write(file, json.dumps({"source": source, "row": row, "samples": samples}))
-    return row, samples
+        row |= {f"predicted_{k}": v for k, v in predict(*job.prediction, lam, job.cfg.beta).items()}
+    answers = zip(job.evaluation, found.texts, found.reward.tolist(), found.cost.tolist())
+    return row, [{"policy": name, "prompt": prompt, "response": y, "reward": r, "cost": c}
+                 for prompt, *columns in answers for y, r, c in zip(*columns)]
 
 def markdown(rows):
     """The rows of results.json as a Markdown table."""
-    extra = ("true_reward_mean", "true_cost_mean", "predicted_cost")
-    extra = [key for key in extra if any(key in row for row in rows)]
+    extra = [key for key in ("true_reward_mean", "true_cost_mean", "predicted_cost") if any(key in r for r in rows)]
     titles = [key.removesuffix("_mean").replace("_", " ") for key in extra]
     head = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length", *titles]
-    lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in rows:
-        cells = [row["name"], "" if row["lambda"] is None else f"{row['lambda']:.3f}"]
+        lines.append([row["name"], "" if row["lambda"] is None else f"{row['lambda']:.3f}"])
         for key in ("reward", "cost"):
-            cells.append(f"{row[f'{key}_mean']:.3f} ± {row[f'{key}_std']:.3f}")
-            cells.append("[{:.3f}, {:.3f}]".format(*row[f"{key}_ci95"]))
-        cells += [f"{row['safe_rate']:.1%}", f"{row['kl']:.3f}", f"{row['length_mean']:.1f}"]
-        cells += [f"{row[key]:.3f}" if key in row else "" for key in extra]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines[-1].append("{:.3f} ± {:.3f}".format(row[f"{key}_mean"], row[f"{key}_std"]))
+            lines[-1].append("[{:.3f}, {:.3f}]".format(*row[f"{key}_ci95"]))
+        lines[-1] += [f"{row['safe_rate']:.1%}", f"{row['kl']:.3f}", f"{row['length_mean']:.1f}"]
+        lines[-1] += [f"{row[key]:.3f}" if key in row else "" for key in extra]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 # ---- The command -------------------------------------------------------------------------------------------
 def check_rows(job, source, flag="model"):
-    """Try the longest pair both ways: shared-prompt rows against the model's own forward, one by one.
-    Some decoders get a (B, 1, L, L) mask silently wrong (sliding windows shorter than the row): they fall
-    back to a row per response. Some scale or cap logits behind the head: they are refused."""
+    """Try the longest pair both ways, a shared-prompt row against the model's own forward: some decoders get a
+    (B, 1, L, L) mask silently wrong (short sliding windows), others scale or cap logits behind the head."""
     model = inference_model(source, job.cfg, flag)
     prompt, *ys = max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
-    function = sequence_logps if flag == "model" else pair_scores
     tolerance = (2e-2 if job.cfg.dtype == "bfloat16" else 1e-4) * torch.tensor([len(y) + 10 for y in ys])
     def plain(y):
         whole = torch.tensor([prompt + y], device=DEVICE)
         if flag != "model":
-            return model(whole, torch.ones_like(whole))[0]
+            return model.score(model.model(whole).last_hidden_state[:, -1])[0]
         logps = model(whole).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
         return logps[range(len(y)), y].sum()
     with torch.inference_mode():
         theirs = torch.stack([plain(y) for y in ys])
-        for shared in (True, False):
-            ours = function(model, collate_pairs([(prompt, *ys)], job.pad_id, shared))[0]
-            if ((ours - theirs).abs().cpu() <= tolerance).all():
-                if not shared:
-                    say(f"{source}: cannot read shared-prompt rows; a response gets a row of its own, slower")
-                job.shared &= shared
-                return
-    refuse(f"--{flag} {source}: a decoder whose attention or output head this program gets wrong (tried on "
-           "one long pair); use one such as Llama, Mistral, Qwen2 or GPT-2")
+        ours = (sequence_logps if flag == "model" else pair_scores)(model, collate_pairs([(prompt, *ys)]))[0]
+    if ((ours - theirs).abs().cpu() > tolerance).any():
+        refuse(f"--{flag} {source}: a decoder whose attention or output head this program gets wrong (tried on "
+               "one long pair); use one such as Llama, Mistral, Qwen2 or GPT-2")
 
 def train_models(job):
     """The reference policy and the models of reward and cost (PeCAN: the two policies), unless given."""
-    cfg, job.implicit = job.cfg, job.cfg.method == "pecan"
-    steps = min(cfg.max_steps or 10**9, cfg.epochs * math.ceil(len(job.train) / cfg.batch_size))
+    cfg, labelled = job.cfg, job.train + job.held_out
     mean_length = sum(len(y) for pair in job.train for y in pair.ids[1:]) / len(job.train)
-    better, safer = torch.tensor([(pair.better, pair.safer) for pair in job.train]).T
-    signs = torch.tensor([pair.signs for pair in job.train]).float()
+    better, safer = torch.tensor([(pair.better, pair.safer) for pair in labelled]).T
+    signs = torch.tensor([pair.signs for pair in labelled]).float()
     def columns(values, first):  # values (B, 2) → values[i, first[i]] and the other column
         return values.gather(1, torch.stack([first, 1 - first], dim=1).to(values.device)).unbind(dim=1)
     def sft_loss(logps, index):  # on both: π_ref is then the distribution that the pairs were drawn from
@@ -1226,46 +1170,26 @@ def train_models(job):
         worse, safe = columns(costs, 1 - safer[index])
         loss = cost_loss(worse, safe, *columns(signs[index].to(costs.device), 1 - safer[index]))
         return loss, (worse > safe).float().mean()
-    def new_score_model():
-        config = without_dropout(AutoConfig.from_pretrained(job.reference, attn_implementation="sdpa"))
-        model = ScoreModel(config)
-        model.model = AutoModel.from_pretrained(job.reference, config=config)
-        return model
-    job.reference = cfg.sft_model or job.base
-    if not (cfg.skip_sft or cfg.sft_model):
-        job.reference = train_stage(job, "sft", lambda: load_model(job.base, cfg), sequence_logps,
-                                    cfg.sft_learning_rate, steps, sft_loss)
-    job.reward_model, job.cost_model = cfg.reward_model, cfg.cost_model
+    job.reference = cfg.sft_model  # None while SFT trains it
+    job.reference = job.reference or train_stage(job, "sft", sft_loss)
+    job.reward_model, job.cost_model, job.implicit = cfg.reward_model, cfg.cost_model, cfg.method == "pecan"
     for name, loss_fn in (("reward_model", reward_loss), ("cost_model", harm_loss)):
         if not (job.implicit or getattr(cfg, name)):
-            setattr(job, name, train_stage(job, name, new_score_model, pair_scores, cfg.score_learning_rate,
-                                           steps, loss_fn, score_type=name.split("_")[0]))
+            setattr(job, name, train_stage(job, name, loss_fn))
             if not cfg.eval_dataset:  # whose prompts come without labels
-                held_out_accuracy(job, name)
+                index, ids = torch.arange(len(job.train), len(labelled)), [p.ids for p in job.held_out]
+                scores = infer(job, getattr(job, name), ids, f"{name} on held-out pairs", name)
+                text = f"of ranking {loss_fn(scores, index)[1]:.1%}"
+                if name == "cost_model":
+                    text += f", of sign {((scores > 0) == (signs[index] > 0)).float().mean():.1%}"
+                say(f"{name}: held-out accuracy {text}, {len(ids)} pairs")
     job.helpful, job.safe = cfg.helpful_model, cfg.safe_model
     if job.implicit:
         ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref")
-        job.helpful = job.helpful or fit(job, "helpful", ref_logps, 1.0 - better)
-        job.safe = job.safe or fit(job, "safe", ref_logps, 1.0 - safer)
+        job.helpful = job.helpful or train_stage(job, "helpful", dpo_fit(ref_logps, 1.0 - better, cfg.beta))
+        job.safe = job.safe or train_stage(job, "safe", dpo_fit(ref_logps, 1.0 - safer, cfg.beta))
     models = (job.reference, job.reward_model, job.cost_model, job.helpful, job.safe)
     job.models = fingerprint(*(Path(p) for p in models if p), cfg.template, cfg.beta, cfg.seed)
-
-def fit(job, name, ref_logps, prob):
-    """A DPO policy for one fixed labelling, with as many steps as a whole C-DPO run → its folder."""
-    cfg, loss_fn = job.cfg, dpo_fit(ref_logps, prob, job.cfg.beta)
-    return train_stage(job, name, lambda: load_model(job.reference, cfg), sequence_logps, cfg.learning_rate,
-                       cfg.max_steps or cfg.iterations * cfg.dpo_steps, loss_fn, decay=False)
-
-def held_out_accuracy(job, name):
-    """Say how often a score model ranks held-out pairs as labelled and, of cost, knows unsafe from safe."""
-    pairs = job.held_out
-    scores = infer(job, getattr(job, name), [p.ids for p in pairs], f"{name} on held-out pairs", name)
-    higher = torch.tensor([p.better if name == "reward_model" else 1 - p.safer for p in pairs])
-    text = f"of ranking {((scores[:, 1] > scores[:, 0]) == higher.bool()).float().mean():.1%}"
-    if name == "cost_model":
-        unsafe = torch.tensor([p.signs for p in pairs]) > 0
-        text += f", of sign {((scores > 0) == unsafe).float().mean():.1%}"
-    say(f"{name}: held-out accuracy {text}, {len(pairs)} pairs")
 
 def run(job):
     """All stages in order; each finds what an earlier run of the same command has finished."""
@@ -1279,20 +1203,18 @@ def run(job):
         def compute():
             ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref of the pairs")
             reward, cost = score(job, job.train, job.implicit, ref_logps)
-            return {"reward": reward, "cost": cost, "ref_logps": ref_logps}
+            return {"scores": torch.stack([reward, cost, ref_logps])}
         source = fingerprint([p.ids for p in job.train], job.models)
-        scores = cached(job.out / "scores.safetensors", source, compute)
-        job.scores = reward, cost, ref_logps = scores["reward"], scores["cost"], scores["ref_logps"]
+        job.scores = reward, cost, ref_logps = cached(job.out / "scores.pt", source, compute)["scores"]
         lam, once = start_lambda(job), cfg.method != "cdpo"
         mode = "fixed" if once or cfg.lambda_lr == 0 else cfg.lambda_step
         iterations, steps = (1, cfg.iterations * cfg.dpo_steps) if once else (cfg.iterations, cfg.dpo_steps)
-        path, lam = constrained_dpo(job, lam, mode, iterations, min(cfg.max_steps or 10**9, steps))
-        names = {"cdpo": "C-DPO", "mocan": "MoCAN", "pecan": "PeCAN", "dpo": "DPO"}
-        rows.append((names[cfg.method], path, lam))
+        path, lam = constrained_dpo(job, lam, mode, iterations, min(cfg.max_steps or steps, steps))
+        rows.append(({"cdpo": "C-DPO", "mocan": "MoCAN", "pecan": "PeCAN", "dpo": "DPO"}[cfg.method], path, lam))
         for fixed in cfg.lambdas:
             if fixed or cfg.method != "dpo":
                 prob = relabel(reward, cost, fixed, cfg.labels, seeded("labels", cfg.seed, fixed))
-                path = fit(job, f"lambda-{fixed:g}", ref_logps, prob)
+                path = train_stage(job, f"lambda-{fixed:g}", dpo_fit(ref_logps, prob, cfg.beta))
                 rows.append((f"λ = {fixed:g}" if fixed else "DPO", path, fixed))
     for path in cfg.compare:
         names = [Path(path).name, *(f"{Path(path).name} ({k})" for k in range(2, 10**4))]
@@ -1311,36 +1233,31 @@ def prepare(job):
         need += ["safer_response_id", "is_response_0_safe", "is_response_1_safe"]
     names = ("reward_model", "cost_model", "helpful_model", "safe_model")
     given = [(name, getattr(cfg, name)) for name in names] + [("compare", path) for path in cfg.compare]
+    given = [(flag, path) for flag, path in given if path]
     for flag, path in given:
-        kind = getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", "") if path else ""
+        kind = getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", "")
         if flag in ("reward_model", "cost_model") and kind and kind != flag.split("_")[0]:
             refuse(f"--{flag} {path}: its config.json calls it a {kind} model; are the two exchanged?")
-    pairs = load_pairs(cfg.dataset, "dataset", need, cfg.seed)
-    eval_pairs = load_pairs(cfg.eval_dataset, "eval_dataset", [], cfg.seed) if cfg.eval_dataset else None
     job.tokenizer = load_tokenizer(cfg)
     eos, pad = job.tokenizer.eos_token_id, job.tokenizer.pad_token_id
     job.pad_id = eos if pad is None else pad
-    ids, counts = with_ids(pairs, job.tokenizer, cfg.template, cfg.max_length)
-    reasons = Counter("with a prompt that fills --max_length" if not (y0 and y1) else
-                      "with responses that are the same once cut" if y0 == y1 else None for _, y0, y1 in ids)
-    pairs = [replace(p, ids=i) for p, i in zip(pairs, ids) if i[1] and i[2] and i[1] != i[2]]
-    also = f"; {counts['cut']} responses cut, {counts['misaligned']} whose tokens do not follow the prompt's"
-    usable(pairs, cfg.dataset, "dataset", reasons, also if counts.total() else "")
+    pairs = load_pairs(cfg.dataset, "dataset", need, cfg, job.tokenizer)
+    eval_pairs = cfg.eval_dataset and load_pairs(cfg.eval_dataset, "eval_dataset", [], cfg, job.tokenizer)
     job.held_out, steering, job.train = split_by_prompt(pairs, eval_pairs, cfg)
     job.train = job.train[: cfg.max_steps * cfg.batch_size] if cfg.max_steps else job.train
     job.evaluation, job.steering = prompts_of(job.held_out), prompts_of(steering)
     say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} for the table, {len(job.steering)} for λ")
     check_space(job)
-    job.shared, job.base = True, cfg.model
+    job.base = cfg.model
     if cfg.model.startswith("{") and not cfg.sft_model:
         job.base = job.out / "base"
         if not job.base.exists():
             model = load_model(cfg.model, cfg, vocabulary=len(job.tokenizer))
             export(Root(model, sequence_logps), job.tokenizer, job.base, cfg)
     check_rows(job, cfg.sft_model or job.base)
-    for flag in ("reward_model", "cost_model"):
-        if getattr(cfg, flag):
-            check_rows(job, getattr(cfg, flag), flag)
+    for flag, path in given:
+        if flag in ("reward_model", "cost_model"):
+            check_rows(job, path, flag)
 
 def check_space(job):
     """Refuse a run whose models and training state will not fit on the disk, before any of them is made."""
@@ -1360,23 +1277,21 @@ def check_space(job):
 @contextmanager
 def run_folder(cfg):
     """The locked output folder; a run goes on only with the settings that it began with."""
-    out, lock = Path(cfg.output_dir), None
+    out = Path(cfg.output_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if RANK == 0 else None
-        check_folder(out, asdict(cfg), cfg.overwrite)
-        yield out
+        with open(out / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if RANK == 0 else None
+            check_folder(out, asdict(cfg), cfg.overwrite)
+            yield out
     except BlockingIOError:
         refuse(f"--output_dir {out}: another process is at work in it; wait for it or name another folder")
-    except Exception as error:  # safetensors reports a full disk in its own class
-        if "No space left" in str(error):
+    except Exception as error:  # torch and safetensors report a full disk in classes of their own
+        if "No space left" in str(error) or "failed writing" in str(error):
             refuse(f"--output_dir {out}: the disk is full; free some space, then the same command goes on")
-        if lock is None or isinstance(error, PermissionError):
+        if isinstance(error, OSError) and str(error.filename).startswith(str(out)):
             refuse(f"--output_dir {out}: cannot be written ({error}); name another folder")
         raise
-    finally:
-        lock.close() if lock else None
 
 def check_folder(out, settings, overwrite):
     """Refuse a folder of something else, or of a run with other settings; with overwrite, empty a run's."""
@@ -1386,11 +1301,11 @@ def check_folder(out, settings, overwrite):
         with refusing(foreign, "name another folder"):
             kept = json.loads((out / "config.json").read_text())
             kept["output_dir"]
-    elif any(f.name not in (".lock", "config.json.tmp", "training", "rows") for f in out.iterdir()):
+    elif any(f.name not in (".lock", "config.json.tmp", "training") for f in out.iterdir()):
         refuse(f"--output_dir {out}: is not empty and holds no run of this program; name another folder")
     if overwrite:
-        ours = re.compile(r"(sft|base|reward_model|cost_model|helpful|safe|policy|training|rows|iterate-.*"
-                          r"|lambda-.*|metrics.jsonl|results.json|samples.jsonl|.*\.safetensors)(\.tmp)?")
+        ours = re.compile(r"(sft|base|reward_model|cost_model|helpful|safe|policy|training|iterate-.*|lambda-.*"
+                          r"|metrics.jsonl|results.json|samples.jsonl|scores.pt|reference_samples.pt)(\.tmp)?")
         remove(*(f for f in out.iterdir() if ours.fullmatch(f.name)))
     changed = [f"{key} was {kept.get(key)!r:.80}, is {value!r:.80}" for key, value in settings.items()
                if not overwrite and key not in EXTENDING and kept.get(key) != value]
@@ -1399,7 +1314,6 @@ def check_folder(out, settings, overwrite):
                "name another folder, or start afresh with --overwrite")
     gather(None)
     (out / "training").mkdir(exist_ok=True)
-    (out / "rows").mkdir(exist_ok=True)
     write(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False))
 
 def main(argv=None):

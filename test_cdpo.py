@@ -570,7 +570,7 @@ def enumerate_world(folder, prompts):
     answers = [" ".join(words) for n in (1, 2, 3) for words in itertools.product(cdpo.TINY_WORDS, repeat=n)]
     cfg = cdpo.Config(**json.loads((folder / "config.json").read_text()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
-    job = SimpleNamespace(cfg=cfg, pad_id=0, shared=True)
+    job = SimpleNamespace(cfg=cfg, pad_id=0)
     pairs = [cdpo.Pair(x, (answers[i], answers[i + 1])) for x in prompts for i in range(0, len(answers), 2)]
     ids, _ = cdpo.with_ids(pairs, tokenizer, cfg.template, 64)
     tables = [cdpo.infer(job, folder / name, ids, name, flag).double().view(len(prompts), -1) for name, flag in (
@@ -643,7 +643,7 @@ def test_the_training_model_starts_as_the_reference(tiny):
     root, _ = cdpo.training_model(cdpo.load_model(tiny / "sft", cfg), cdpo.sequence_logps, cfg, 1e-3)
     pairs = [cdpo.Pair("mix oil", ("read wait cut", "ask ask force")), cdpo.Pair("sell car", ("cut push", "burn"))]
     ids, _ = cdpo.with_ids(pairs, transformers.AutoTokenizer.from_pretrained(tiny / "sft"), cfg.template, 32)
-    ref_logps = cdpo.infer(SimpleNamespace(cfg=cfg, pad_id=0, shared=True), tiny / "sft", ids, "log π_ref")
+    ref_logps = cdpo.infer(SimpleNamespace(cfg=cfg, pad_id=0), tiny / "sft", ids, "log π_ref")
     assert (root(cdpo.collate_pairs(ids)) - ref_logps).abs().max() < 1e-4
 
 
@@ -674,7 +674,7 @@ def test_every_method_runs_through_the_same_stages(tmp_path, method, flags, name
     rows = rows_of(tmp_path / "o")
     assert name in rows and (tmp_path / "o" / "policy" / "model.safetensors").exists()
     if method == "mocan":
-        mean = float(load_file(tmp_path / "o" / "reference_samples.safetensors")["cost"].mean())
+        mean = float(torch.load(tmp_path / "o" / "reference_samples.pt")["cost"].mean())
         assert rows["MoCAN"]["lambda"] > 0 and rows["MoCAN"]["predicted_cost"] == pytest.approx(mean - 0.02, abs=1e-4)
     if method == "pecan":
         assert not (tmp_path / "o" / "reward_model").exists() and (tmp_path / "o" / "helpful").exists()
@@ -756,7 +756,7 @@ def test_beaver_checkpoints_give_hand_computed_scores(tmp_path, bias, normalize,
     if normalize:
         score = score / 2 if kind == "cost" else (score - 0.5) / 2
     model = cdpo.ScoreModel.from_pretrained(tmp_path / "b")
-    assert float(model(ids, torch.ones_like(ids))[0]) == pytest.approx(score, abs=1e-5)
+    assert cdpo.pair_scores(model, cdpo.collate_pairs([([3, 4], [5, 6], [6])]))[0, 0].item() == pytest.approx(score, abs=1e-5)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------
@@ -771,7 +771,8 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "dictionary")
     need = [key for key in rows[0] if key != "prompt"]
-    pairs = [cdpo.load_pairs(str(tmp_path / name), "dataset", need, 0)
+    tokenizer = transformers.ByT5Tokenizer()
+    pairs = [cdpo.load_pairs(str(tmp_path / name), "dataset", need, cdpo.Config(), tokenizer)
              for name in ("a.jsonl", "a.json", "a.parquet", "one", "dictionary")]
     assert len(pairs[0]) > 25 and all(other == pairs[0] for other in pairs[1:])
     usable = [row for row in rows if row["response_0"] != row["response_1"]]
@@ -859,9 +860,8 @@ def test_two_processes_give_the_single_process_s_numbers(quick, tmp_path):
     assert process.returncode == 0, errors[-2000:]
     one, two = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (quick, tmp_path / "o"))
     assert two[0]["dpo_loss"] == pytest.approx(one[0]["dpo_loss"], abs=1e-4)  # up to the first sampling
-    scores = [load_file(folder / "scores.safetensors") for folder in (quick, tmp_path / "o")]
-    for key in scores[0]:
-        assert torch.allclose(scores[0][key], scores[1][key], atol=2e-3), key
+    scores = [torch.load(folder / "scores.pt")["scores"] for folder in (quick, tmp_path / "o")]
+    assert torch.allclose(*scores, atol=2e-3)
     assert two[0]["cost_mean"] == pytest.approx(one[0]["cost_mean"], abs=0.02)
     assert two[-1]["lambda"] == pytest.approx(one[-1]["lambda"], abs=0.1)
     first, second = tensors_of(quick), tensors_of(tmp_path / "o")
@@ -929,7 +929,7 @@ DATA = {  # name: (content of the dataset file, words of the message)
     "empty prompts": (lines([{**GOOD, "prompt": ""}] * 40), "40 empty prompt"),
     "another encoding": ("\ufeff".encode("utf-16") + b"\xff\xfe\x00", "cannot be read: UnicodeDecodeError"),
     "prompts too long": (lines([{**GOOD, "prompt": "mix " * 40 + noun} for noun in cdpo.TINY_NOUNS]),
-                         "with a prompt that fills --max_length"),
+                         "prompt that fills --max_length"),
 }
 FLAGS = {  # name: (flags, words of the message)
     "an unknown flag": (["--lamda", "1"], "unrecognized arguments: --lamda"),
@@ -949,7 +949,6 @@ FLAGS = {  # name: (flags, words of the message)
     "one sample for Newton": (["--lambda_samples", "1"], "--lambda_samples of 2 or more"),
     "a given lambda for MoCAN": (["--method", "mocan", "--lambda_init", "1"], "--lambda_init excludes"),
     "PeCAN without a margin": (["--method", "pecan"], "--method pecan needs --margin"),
-    "two references": (["--sft_model", "x", "--skip_sft"], "exclude each other"),
     "no room for a prompt": (["--max_new_tokens", "32"], "leaves no room"),
     "an empty name": (["--tokenizer", ""], "--tokenizer is empty"),
     "no such dataset": (["--dataset", "/nowhere/x.jsonl"], "FileNotFoundError"),
@@ -967,9 +966,13 @@ FLAGS = {  # name: (flags, words of the message)
         "model_type": "granite", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "logits_scaling": 4.0, "initializer_range": 0.3})],
         "attention or output head this program gets wrong"),
+    "a decoder with a short window": (["--model", json.dumps({
+        "model_type": "mistral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 8, "initializer_range": 0.3})],
+        "attention or output head this program gets wrong"),
     "no such config": (["--config", "/nowhere.json"], "--config /nowhere.json"),
     "a config with an unknown key": (["--config", "UNKNOWN.json"], "--lamda"),
-    "a config that is a list": (["--config", "LIST.json"], "one JSON object"),
+    "a config that is a list": (["--config", "LIST.json"], "one object of settings"),
     "a config that is not JSON": (["--config", "BROKEN.json"], "must be a readable JSON file"),
     "a config with a wrong type": (["--config", "TYPE.json"], "invalid int value"),
     "an unreachable limit": (["--cost_limit", "-50", "--lambda_step", "newton"], "the lowest cost that the samples can reach"),
@@ -1046,13 +1049,6 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
-
-
-def test_a_decoder_that_misreads_shared_rows_gets_separate_rows(tmp_path, capsys):
-    windowed = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-                "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 8, "initializer_range": 0.3}
-    cdpo.main([*QUICK, "--model", json.dumps(windowed), "--output_dir", str(tmp_path / "o"), "--iterations", "1"])
-    assert "row of its own" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, capsys):
