@@ -682,6 +682,8 @@ def training_model(model, function, cfg, learning_rate):
     return root, torch.optim.AdamW(root.parameters(), learning_rate, (0.9, 0.95), weight_decay=0, fused=True)
 
 # ---- Processes and files -----------------------------------------------------------------------------------
+BAR = {"leave": False, "disable": RANK > 0 or None}  # progress on the terminal of process 0
+
 def say(text):
     """Print a line once, above the progress bars."""
     if RANK == 0:
@@ -831,18 +833,14 @@ def throughput(title, model, ids, seconds, training):
     say(f"{title}, " + (text + ", MFU {mfu:.0%}" * ("mfu" in numbers)).format(**numbers))
     return numbers
 
-def bar(iterable, title, **kwargs):
-    """A progress bar on the terminal of process 0."""
-    return tqdm(iterable, desc=title, leave=False, disable=None if RANK == 0 else True, **kwargs)
-
 def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, state, decay=False):
     """The one training loop: `order` has each step's rows, `loss_fn(outputs, rows)` → (mean loss, accuracy).
     A step's rows are cut into micro-batches by length, each weighed by its pairs, so that the gradient is the
     step's mean whatever the cut and the number of processes. → throughput(); `state` gets step and sums."""
     cfg, seconds, saved, resumed = job.cfg, 0.0, time.monotonic(), state["step"]
-    for step in bar(range(resumed, len(order)), name, initial=resumed, total=len(order)):
+    for step in tqdm(range(resumed, len(order)), name, initial=resumed, total=len(order), **BAR):
         started, rows, losses, sums = time.perf_counter(), order[step], [], torch.zeros(2, device=DEVICE)
-        warm = min(1.0, (state.get("steps_before", 0) + step + 1) / 10)
+        warm = min(1.0, (state.get("iteration", 0) * len(order) + step + 1) / 10)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warm * (1 - step / len(order) if decay else 1)
         for group in cut([pairs[i].ids for i in rows], cfg.tokens_per_batch, WORLD)[RANK::WORLD]:
@@ -854,18 +852,17 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
             sums += torch.stack([loss.detach(), accuracy]) * len(group) / len(rows)
         norm = nn.utils.clip_grad_norm_(root.parameters(), 1.0)
         if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
-            bad = [i for loss, index in losses if not torch.isfinite(loss) for i in index]
-            bad = sorted(sum(gather(bad), [])) or sorted(rows)
-            refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the "
-                   f"first with prompt {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend these; "
-                   "the last checkpoint stays", code=1)
+            bad = sum(gather([i for loss, index in losses if not torch.isfinite(loss) for i in index]), [])
+            bad = sorted(bad or rows)
+            refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the first "
+                   f"with prompt {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend these; the last "
+                   "checkpoint stays", code=1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss, accuracy = torch.tensor(gather(sums.tolist())).sum(dim=0).tolist()
         state.setdefault("first_loss", loss)
-        state["step"] += 1
-        state["loss_sum"] += loss
-        state["accuracy_sum"] += accuracy
+        state.update(step=step + 1, loss_sum=state["loss_sum"] + loss,
+                     accuracy_sum=state["accuracy_sum"] + accuracy)
         seconds += time.perf_counter() - started
         if step + 1 < len(order) and gather(time.monotonic() - saved > 60 * cfg.save_minutes)[0]:
             save_training(job, name, root, optimizer, state)
@@ -895,8 +892,7 @@ def train_stage(job, name, loss_fn):
     root, optimizer = training_model(model, pair_scores if scores else sequence_logps, cfg, rate)
     state = restore_training(job, name, root, optimizer)
     train(job, name, root, optimizer, job.train, chunks(rows, cfg.batch_size), rate, loss_fn, state, not dpo)
-    kind = {"score_type": name.removesuffix("_model")} if scores else {}
-    export(root, job.tokenizer, path, cfg, **kind)
+    export(root, job.tokenizer, path, cfg, **({"score_type": name.removesuffix("_model")} if scores else {}))
     remove(*(job.out / "training").glob(f"{name}-*"))
     return path
 
@@ -905,7 +901,7 @@ def infer(job, path, ids, title, flag="model"):
     """log π or scores of pairs of token ids by the model in a folder → (N, 2), split over processes."""
     model, function = inference_model(path, job.cfg, flag), sequence_logps if flag == "model" else pair_scores
     outputs, started = [], time.perf_counter()
-    for group in filter(None, bar(cut(ids, job.cfg.tokens_per_batch)[RANK::WORLD], title)):
+    for group in filter(None, tqdm(cut(ids, job.cfg.tokens_per_batch)[RANK::WORLD], title, **BAR)):
         batch = collate_pairs([ids[i] for i in group], job.pad_id)
         outputs.append((group, function(model, batch).float().cpu()))
     result = torch.zeros(len(ids), 2)
@@ -928,7 +924,7 @@ def sample(job, path, prompts, count, key, tokenizer):
         max_new_tokens=cfg.max_new_tokens)
     order, results = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), []
     batches = list(enumerate(chunks(order, max(1, cfg.sample_batch // count))))
-    for number, batch in bar(batches[RANK::WORLD], f"sampling {Path(path).name}"):
+    for number, batch in tqdm(batches[RANK::WORLD], f"sampling {Path(path).name}", **BAR):
         padding = [len(prompts[batch[-1]]) - len(prompts[i]) for i in batch]  # the last one is the longest
         ids = torch.tensor([[job.pad_id] * n + prompts[i] for n, i in zip(padding, batch)], device=DEVICE)
         width = ids.shape[1]
@@ -948,10 +944,10 @@ def sample(job, path, prompts, count, key, tokenizer):
     say(f"sampling {Path(path).name}: {len(prompts)} × {count} responses, {tokens / seconds:,.0f} tokens/s")
     return [answers[i] for i in range(len(prompts))]
 
-def score(job, pairs, implicit, ref_logps=None):
+def score(job, pairs, ref_logps):
     """Reward and cost (N, 2) of pairs: from the score models or, for PeCAN, implicit in two policies.
     A score model reads text, with its own tokenizer and the template that it was trained with."""
-    if implicit:
+    if job.implicit:
         logps = (infer(job, path, [p.ids for p in pairs], "log π") for path in (job.helpful, job.safe))
         helpful, safe = (implicit_reward(policy_logps, ref_logps, job.cfg.beta) for policy_logps in logps)
         return helpful, -safe
@@ -964,13 +960,14 @@ def score(job, pairs, implicit, ref_logps=None):
         scores.append(infer(job, path, ids, f"scoring by {flag}", flag))
     return scores
 
-def measure(job, path, prompts, count, key, implicit):
+def measure(job, path, prompts, count, key):
     """Sample a policy and score it: the estimates behind every step of λ and every row of the table.
     prompts are texts → namespace of reward, cost, log_ratio to π_ref and length, all (n, count), the texts,
     and the samples as pairs with their scores (reward, cost, log π_ref), each (N, 2)."""
     if job.cfg.max_steps:
         prompts = prompts[: max(2, job.cfg.max_steps * job.cfg.sample_batch // count)]
-    own, texts, pairs = attempt(AutoTokenizer.from_pretrained, path, "compare"), [], []
+    texts, pairs, is_reference = [], [], str(path) == str(job.reference)
+    own = job.tokenizer if is_reference else attempt(AutoTokenizer.from_pretrained, path, "compare")
     heads = [head for head, _ in encode(own, job.cfg.template, [(x, "", False) for x in prompts], 10**6)[0]]
     for prompt, head, answers in zip(prompts, heads, sample(job, path, heads, count, key, own)):
         texts.append(own.batch_decode([y for y, _ in answers], skip_special_tokens=True))
@@ -979,11 +976,11 @@ def measure(job, path, prompts, count, key, implicit):
             responses, ids, ended = zip(*couple)
             pairs.append(Pair(prompt, responses, (head, *ids), ended))
     logps = ref_logps = infer(job, path, [p.ids for p in pairs], "log π of samples")
-    if str(path) != str(job.reference):  # with another tokenizer, log π_ref is of the text in its own tokens
+    if not is_reference:  # with another tokenizer, log π_ref is of the text in its own tokens
         same = own.get_vocab() == job.tokenizer.get_vocab()
         ids = [p.ids for p in pairs] if same else with_ids(pairs, job.tokenizer, job.cfg.template, 10**6)[0]
         ref_logps = infer(job, job.reference, ids, "log π_ref of samples")
-    reward, cost = score(job, pairs, implicit, ref_logps)
+    reward, cost = score(job, pairs, ref_logps)
     values = {"reward": reward, "cost": cost, "log_ratio": logps - ref_logps,
               "length": torch.tensor([[float(len(y)) for y in p.ids[1:]] for p in pairs])}
     if job.cfg.dataset.startswith("tiny"):
@@ -1017,8 +1014,8 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
     cfg = job.cfg
     policy, optimizer = training_model(load_model(job.reference, cfg), sequence_logps, cfg, cfg.learning_rate)
     state = restore_training(job, "policy", policy, optimizer, **{
-        "iteration": 0, "lambda": lam, "best": None, "history": [], "fresh": [],
-        "fresh_scores": torch.zeros(3, 0, 2), "drawn": 0, "steps_before": 0})
+        "iteration": 0, "lambda": lam, "best": [], "history": [], "drawn": 0, "fresh": [],
+        "fresh_scores": torch.zeros(3, 0, 2)})
     while state["iteration"] < iterations:
         iteration, lam, started = state["iteration"], state["lambda"], time.perf_counter()
         pairs, (reward, cost, ref_logps), order, offline = pairs_of_iteration(job, state, steps)
@@ -1030,7 +1027,7 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
             say(f"warning: the first DPO loss is {first:.5f}, not ln 2: policy and reference differ")
         folder = job.out / f"iterate-{iteration}"
         export(policy, job.tokenizer, folder, cfg)
-        found = measure(job, folder, job.steering, cfg.lambda_samples, ("step", iteration), job.implicit)
+        found = measure(job, folder, job.steering, cfg.lambda_samples, ("step", iteration))
         bound = estimate(found.cost, cfg.cost_confidence)                                            # Ĵ_c
         shifted = found.cost + (bound - found.cost.mean())  # so that the step of λ uses the same estimate
         if lambda_mode == "newton" and shifted.var(dim=1).mean() > 0:
@@ -1043,30 +1040,29 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
         say(("iteration {iteration}: λ {lambda:.4f}, cost {cost_mean:+.3f} [{cost_ci95[0]:+.3f}, "
              "{cost_ci95[1]:+.3f}], reward {reward_mean:+.3f}, KL {kl:.3f}; next λ ").format(**entry)
             + f"{state['lambda']:.4f}")
-        feasible = bound <= job.cost_limit  # the best has the highest (6), or else the least cost
-        merit = [feasible, entry["reward_mean"] - cfg.beta * entry["kl"] if feasible else -bound]
-        if state["best"] is None or merit > state["best"]["merit"]:
-            state["best"] = {"merit": merit, "iteration": iteration, "lambda": lam}
+        feasible = bound <= job.cost_limit
+        value = entry["reward_mean"] - cfg.beta * entry["kl"] if feasible else -bound  # (6), or the least cost
+        state["best"] = max(state["best"], [feasible, value, -iteration, lam])  # the earlier of equals
         if cfg.recycle and lambda_mode != "fixed":
             keep = [i for i, p in enumerate(found.pairs) if p.ids[1] != p.ids[2]]
-            state["fresh"] = [vars(found.pairs[i]) for i in keep]
-            state["fresh_scores"] = found.scores[:, keep]
+            state["fresh"], state["fresh_scores"] = [vars(found.pairs[i]) for i in keep], found.scores[:, keep]
+        state["history"].append(entry)
         state.update(iteration=iteration + 1, step=0, loss_sum=0.0, accuracy_sum=0.0,
-                     drawn=state["drawn"] + offline, steps_before=state["steps_before"] + len(order),
-                     history=[*state["history"], entry])
+                     drawn=state["drawn"] + offline)
         save_training(job, "policy", policy, optimizer, state)
         write(job.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in state["history"]))
-        best = job.out / f"iterate-{state['best']['iteration']}"
+        best = job.out / f"iterate-{-state['best'][2]}"
         remove(*(f for f in job.out.glob("iterate-*") if f != best))
-    if not state["best"]["merit"][0]:
+    feasible, _, iteration, lam = state["best"]
+    if not feasible:
         say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the one of least cost; try more "
             "--iterations or --dpo_steps, or a higher --cost_limit")
-    best = job.out / f"iterate-{state['best']['iteration']}"
+    best = job.out / f"iterate-{-iteration}"
     if RANK == 0 and best.exists():
         remove(job.out / "policy")
         os.replace(best, job.out / "policy")
     gather(None)
-    return job.out / "policy", state["best"]["lambda"]
+    return job.out / "policy", lam
 
 def pairs_of_iteration(job, state, steps):
     """The dataset's pairs in their endless order, with the last iteration's samples mixed in once each.
@@ -1082,16 +1078,15 @@ def pairs_of_iteration(job, state, steps):
 
 def start_lambda(job):
     """The limit and the first λ: given, or in closed form on samples of π_ref. Says what that predicts."""
-    cfg, job.cost_limit, job.prediction = job.cfg, job.cfg.cost_limit, None
+    cfg = job.cfg
     if cfg.lambda_init is not None and cfg.margin is None or cfg.method == "dpo":
         return cfg.lambda_init or 0.0
     prompts = (job.steering + prompts_of(job.train))[: cfg.dual_prompts]
     def compute():
-        found = measure(job, job.reference, prompts, cfg.dual_samples, "dual", job.implicit)
-        return {"reward": found.reward, "cost": found.cost}
+        found = measure(job, job.reference, prompts, cfg.dual_samples, "dual")
+        return {"scores": torch.stack([found.reward, found.cost])}
     source = fingerprint(prompts, cfg.dual_samples, cfg.max_new_tokens, job.models)
-    scores = cached(job.out / "reference_samples.pt", source, compute)
-    job.prediction = reward, cost = scores["reward"], scores["cost"]
+    job.prediction = reward, cost = cached(job.out / "reference_samples.pt", source, compute)["scores"]
     if cfg.margin is not None:
         job.cost_limit = float(cost.mean()) - cfg.margin
     if cfg.lambda_init is not None:
@@ -1100,19 +1095,18 @@ def start_lambda(job):
         lam = solve_dual(reward, cost, cfg.beta, job.cost_limit)
     for value in sorted({0.0, lam / 2, lam, 2 * lam, *cfg.lambdas}):
         p = predict(reward, cost, value, cfg.beta)
-        say(("dual{} λ {:.4f}: predicted cost {:+.3f} [{:+.3f}, {:+.3f}], reward {:+.3f} [{:+.3f}, {:+.3f}], "
-             "{:.1f} effective samples of {}{}").format(
-            "*" if value == lam else " ", value, p["cost"], *p["cost_ci95"], p["reward"], *p["reward_ci95"],
-            p["ess"], cost.shape[1], "; too few to be trusted" * (p["ess"] < 5)))
+        text = ("λ {:.4f}: predicted cost {:+.3f} [{:+.3f}, {:+.3f}], reward {:+.3f} [{:+.3f}, {:+.3f}], {:.1f} "
+                "effective samples of ").format(value, p["cost"], *p["cost_ci95"], p["reward"], *p["reward_ci95"],
+                                                p["ess"])
+        say(f"dual{'* '[value != lam]} {text}{cost.shape[1]}" + "; too few to be trusted" * (p["ess"] < 5))
     return lam
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 def evaluate(job, name, path, lam):
     """One row of the table, and the scored answers behind it, of the policy in a folder."""
-    implicit = not (job.reward_model and job.cost_model)
-    found = measure(job, path, job.evaluation, job.cfg.eval_samples, "eval", implicit)
+    found = measure(job, path, job.evaluation, job.cfg.eval_samples, "eval")
     row = {"name": name, "lambda": lam, **summary(found)}
-    if job.prediction and lam is not None:  # what the closed form said before any training
+    if job.prediction is not None and lam is not None:  # what the closed form said before any training
         row |= {f"predicted_{k}": v for k, v in predict(*job.prediction, lam, job.cfg.beta).items()}
     answers = zip(job.evaluation, found.texts, found.reward.tolist(), found.cost.tolist())
     return row, [{"policy": name, "prompt": prompt, "response": y, "reward": r, "cost": c}
@@ -1202,7 +1196,7 @@ def run(job):
     else:
         def compute():
             ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref of the pairs")
-            reward, cost = score(job, job.train, job.implicit, ref_logps)
+            reward, cost = score(job, job.train, ref_logps)
             return {"scores": torch.stack([reward, cost, ref_logps])}
         source = fingerprint([p.ids for p in job.train], job.models)
         job.scores = reward, cost, ref_logps = cached(job.out / "scores.pt", source, compute)["scores"]
@@ -1219,6 +1213,7 @@ def run(job):
     for path in cfg.compare:
         names = [Path(path).name, *(f"{Path(path).name} ({k})" for k in range(2, 10**4))]
         rows.append((next(name for name in names if name not in [row[0] for row in rows]), path, None))
+    job.implicit = not (job.reward_model and job.cost_model)  # given score models serve PeCAN's evaluation
     rows = [evaluate(job, *row) for row in rows]
     write(job.out / "results.json", json.dumps([row for row, _ in rows], indent=2))
     samples = [json.dumps(sample, ensure_ascii=False) + "\n" for _, kept in rows for sample in kept]
@@ -1231,9 +1226,8 @@ def prepare(job):
     need += ["better_response_id"] if not cfg.reward_model or cfg.method == "pecan" else []
     if not cfg.cost_model or cfg.method == "pecan":
         need += ["safer_response_id", "is_response_0_safe", "is_response_1_safe"]
-    names = ("reward_model", "cost_model", "helpful_model", "safe_model")
-    given = [(name, getattr(cfg, name)) for name in names] + [("compare", path) for path in cfg.compare]
-    given = [(flag, path) for flag, path in given if path]
+    given = {name: getattr(cfg, name) for name in ("reward_model", "cost_model", "helpful_model", "safe_model")}
+    given = [(flag, path) for flag, path in given.items() if path] + [("compare", path) for path in cfg.compare]
     for flag, path in given:
         kind = getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", "")
         if flag in ("reward_model", "cost_model") and kind and kind != flag.split("_")[0]:
