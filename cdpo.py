@@ -699,9 +699,7 @@ def gather(value):
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary name, flushed to disk and renamed at the end: `path` is whole or absent.
-    SIGTERM waits until the write is done."""
-    path = Path(path)
+    """Yield a temporary name, flushed and renamed at the end: `path` is whole or absent. SIGTERM waits."""
     temporary = path.with_name(path.name + ".tmp")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -765,8 +763,8 @@ def save_training(job, name, root, optimizer, state):
         return
     state["saved"] = state.get("saved", 0) + 1
     older = list((job.out / "training").glob(f"{name}-*"))
-    shards = [(local(parameter.detach()), {slot: local(value) for slot, value in optimizer.state[parameter].items()})
-              for parameter in root.parameters()]
+    shards = [{slot: local(value.detach()) for slot, value in {"weight": p, **optimizer.state[p]}.items()}
+              for p in root.parameters()]
     with atomic(job.out / "training" / f"{name}-{state['saved']:06d}") as folder:
         folder.mkdir(exist_ok=True)
         torch.save({"state": state, "shards": shards}, folder / f"rank-{RANK}.pt")
@@ -781,12 +779,11 @@ def restore_training(job, name, root, optimizer, **fresh):
         refuse(f"{folders[-1]}: written by another number of processes; start as many, or use --overwrite")
     with torch.no_grad(), refusing(f"{folders[-1]}: cannot be read", "delete it to begin the stage again"):
         kept = torch.load(folders[-1] / f"rank-{RANK}.pt", "cpu", weights_only=True, mmap=True)
-        for parameter, (weight, slots) in zip(root.parameters(), kept["shards"], strict=True):
-            local(parameter).copy_(weight)
+        for p, slots in zip(root.parameters(), kept["shards"], strict=True):
+            local(p).copy_(slots.pop("weight"))
             for slot, value in slots.items():
-                whole = torch.zeros_like(parameter) if value.dim() else torch.zeros((), device=parameter.device)
-                local(whole).copy_(value)
-                optimizer.state[parameter][slot] = whole
+                optimizer.state[p][slot] = torch.zeros_like(p) if value.dim() else value.to(p.device)
+                local(optimizer.state[p][slot]).copy_(value)
     state = kept["state"]
     say(f"{name}: going on from step {state['step']} of iteration {state.get('iteration', 0)}")
     return state
@@ -809,10 +806,10 @@ def export(root, tokenizer, path, cfg, **settings):
 
 # ---- Training, scoring, sampling ---------------------------------------------------------------------------
 def throughput(title, model, ids, seconds, training):
-    """Say and return the pairs and tokens per second, peak memory and, on a GPU, model FLOPs utilisation (MFU)
-    of a stretch of work. Model FLOPs of training: 6 × parameters × real tokens (the output head's × response
-    tokens; no input embeddings) + 12 × layers × width × attended keys; a third of that for inference. No
-    credit for padding or recomputation. The peak is that of a bfloat16 matrix product of size 8192 here."""
+    """Say and return pairs/s, tokens/s, peak memory and, on a GPU, model FLOPs utilisation: 6 × parameters ×
+    real tokens (the output head's × response tokens; no input embeddings) + 12 × layers × width × attended
+    keys, a third of it for inference; no credit for padding or recomputation; the peak is that of a bfloat16
+    matrix product of size 8192 here."""
     lengths = [[len(part) for part in parts] for parts in ids]
     tokens, answers = (sum(sum(parts[k:]) for parts in lengths) for k in (0, 1))
     numbers = {"pairs_per_second": len(ids) / seconds, "tokens_per_second": tokens / seconds,
@@ -835,8 +832,8 @@ def throughput(title, model, ids, seconds, training):
 
 def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, state, decay=False):
     """The one training loop: `order` has each step's rows, `loss_fn(outputs, rows)` → (mean loss, accuracy).
-    A step's rows are cut into micro-batches by length, each weighed by its pairs, so that the gradient is the
-    step's mean whatever the cut and the number of processes. → throughput(); `state` gets step and sums."""
+    Micro-batches of similar length are weighed by their pairs: the gradient is the step's mean whatever the
+    cut and the number of processes. → throughput(); `state` gets step and sums."""
     cfg, seconds, saved, resumed = job.cfg, 0.0, time.monotonic(), state["step"]
     for step in tqdm(range(resumed, len(order)), name, initial=resumed, total=len(order), **BAR):
         started, rows, losses, sums = time.perf_counter(), order[step], [], torch.zeros(2, device=DEVICE)
@@ -855,8 +852,8 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
             bad = sum(gather([i for loss, index in losses if not torch.isfinite(loss) for i in index]), [])
             bad = sorted(bad or rows)
             refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the first "
-                   f"with prompt {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend these; the last "
-                   "checkpoint stays", code=1)
+                   f"{pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend them; the last checkpoint "
+                   "stays", code=1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss, accuracy = torch.tensor(gather(sums.tolist())).sum(dim=0).tolist()
@@ -873,7 +870,7 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
 
 def train_stage(job, name, loss_fn):
     """Train a model on the job's pairs into the folder `name`, unless it is there → the folder. SFT and score
-    models pass over the data; a policy for one fixed labelling gets as many steps as a whole C-DPO run."""
+    models pass over the data; a policy for one fixed labelling gets the steps of a whole C-DPO run."""
     cfg, path, scores = job.cfg, job.out / name, name.endswith("_model")
     if path.exists():
         say(f"{name}: found in {path}")
@@ -884,7 +881,7 @@ def train_stage(job, name, loss_fn):
         model = ScoreModel(config)
         model.model = AutoModel.from_pretrained(job.reference, config=config)
     else:
-        model = load_model(job.reference or job.base, cfg)
+        model = load_model(job.reference or job.base, cfg)  # SFT itself begins at the base
     dpo = job.reference is not None and not scores
     rate = cfg.learning_rate if dpo else cfg.sft_learning_rate
     steps = cfg.iterations * cfg.dpo_steps if dpo else cfg.epochs * math.ceil(len(job.train) / cfg.batch_size)
@@ -900,11 +897,10 @@ def train_stage(job, name, loss_fn):
 def infer(job, path, ids, title, flag="model"):
     """log π or scores of pairs of token ids by the model in a folder → (N, 2), split over processes."""
     model, function = inference_model(path, job.cfg, flag), sequence_logps if flag == "model" else pair_scores
-    outputs, started = [], time.perf_counter()
+    result, outputs, started = torch.zeros(len(ids), 2), [], time.perf_counter()
     for group in filter(None, tqdm(cut(ids, job.cfg.tokens_per_batch)[RANK::WORLD], title, **BAR)):
         batch = collate_pairs([ids[i] for i in group], job.pad_id)
         outputs.append((group, function(model, batch).float().cpu()))
-    result = torch.zeros(len(ids), 2)
     for group, values in sum(gather(outputs), []):
         result[group] = values
     if (seconds := time.perf_counter() - started) > 5:
@@ -945,8 +941,8 @@ def sample(job, path, prompts, count, key, tokenizer):
     return [answers[i] for i in range(len(prompts))]
 
 def score(job, pairs, ref_logps):
-    """Reward and cost (N, 2) of pairs: from the score models or, for PeCAN, implicit in two policies.
-    A score model reads text, with its own tokenizer and the template that it was trained with."""
+    """Reward and cost (N, 2) of pairs: from score models, which read text with their own tokenizer and in the
+    template that they were trained with, or, for PeCAN, implicit in two policies."""
     if job.implicit:
         logps = (infer(job, path, [p.ids for p in pairs], "log π") for path in (job.helpful, job.safe))
         helpful, safe = (implicit_reward(policy_logps, ref_logps, job.cfg.beta) for policy_logps in logps)
@@ -961,9 +957,8 @@ def score(job, pairs, ref_logps):
     return scores
 
 def measure(job, path, prompts, count, key):
-    """Sample a policy and score it: the estimates behind every step of λ and every row of the table.
-    prompts are texts → namespace of reward, cost, log_ratio to π_ref and length, all (n, count), the texts,
-    and the samples as pairs with their scores (reward, cost, log π_ref), each (N, 2)."""
+    """Sample a policy and score it, for a step of λ or a row of the table. prompts are texts → namespace of
+    reward, cost, log_ratio to π_ref, length (n, count), texts, and the samples as pairs, scores (3, N, 2)."""
     if job.cfg.max_steps:
         prompts = prompts[: max(2, job.cfg.max_steps * job.cfg.sample_batch // count)]
     texts, pairs, is_reference = [], [], str(path) == str(job.reference)
@@ -1011,7 +1006,7 @@ def dpo_fit(ref_logps, prob, beta):
 
 def constrained_dpo(job, lam, lambda_mode, iterations, steps):
     """Algorithm 1 of C-DPO: relabel, fit, sample, step λ. → (folder of the best policy, its λ)."""
-    cfg = job.cfg
+    cfg, iterate, best = job.cfg, job.out / "iterate", job.out / "policy"
     policy, optimizer = training_model(load_model(job.reference, cfg), sequence_logps, cfg, cfg.learning_rate)
     state = restore_training(job, "policy", policy, optimizer, **{
         "iteration": 0, "lambda": lam, "best": [], "history": [], "drawn": 0, "fresh": [],
@@ -1025,9 +1020,8 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
         first = state["first_loss"]
         if iteration == 0 and abs(first - math.log(2)) > (1e-4 if cfg.dtype == "float32" else 2e-3):
             say(f"warning: the first DPO loss is {first:.5f}, not ln 2: policy and reference differ")
-        folder = job.out / f"iterate-{iteration}"
-        export(policy, job.tokenizer, folder, cfg)
-        found = measure(job, folder, job.steering, cfg.lambda_samples, ("step", iteration))
+        export(policy, job.tokenizer, iterate, cfg)
+        found = measure(job, iterate, job.steering, cfg.lambda_samples, ("step", iteration))
         bound = estimate(found.cost, cfg.cost_confidence)                                            # Ĵ_c
         shifted = found.cost + (bound - found.cost.mean())  # so that the step of λ uses the same estimate
         if lambda_mode == "newton" and shifted.var(dim=1).mean() > 0:
@@ -1035,40 +1029,36 @@ def constrained_dpo(job, lam, lambda_mode, iterations, steps):
         elif lambda_mode != "fixed":  # also where a collapsed policy leaves Newton no variance
             state["lambda"] = lambda_step(lam, shifted, job.cost_limit, cfg.lambda_lr)                  # (14)
         entry = {"iteration": iteration, "lambda": lam, **summary(found), "first_dpo_loss": first,
-                 "dpo_loss": state["loss_sum"] / len(order), "dpo_accuracy": state["accuracy_sum"] / len(order),
+                 "dpo_loss": state["loss_sum"] / steps, "dpo_accuracy": state["accuracy_sum"] / steps,
                  **numbers, "seconds": time.perf_counter() - started}
         say(("iteration {iteration}: λ {lambda:.4f}, cost {cost_mean:+.3f} [{cost_ci95[0]:+.3f}, "
              "{cost_ci95[1]:+.3f}], reward {reward_mean:+.3f}, KL {kl:.3f}; next λ ").format(**entry)
             + f"{state['lambda']:.4f}")
         feasible = bound <= job.cost_limit
-        value = entry["reward_mean"] - cfg.beta * entry["kl"] if feasible else -bound  # (6), or the least cost
-        state["best"] = max(state["best"], [feasible, value, -iteration, lam])  # the earlier of equals
+        merit = entry["reward_mean"] - cfg.beta * entry["kl"] if feasible else -bound  # (6), or least cost
+        state["best"] = max(state["best"], [feasible, merit, -iteration, lam])  # the earlier of equals
+        if RANK == 0 and state["best"][2] == -iteration:
+            remove(best)
+            os.replace(iterate, best)
         if cfg.recycle and lambda_mode != "fixed":
             keep = [i for i, p in enumerate(found.pairs) if p.ids[1] != p.ids[2]]
-            state["fresh"], state["fresh_scores"] = [vars(found.pairs[i]) for i in keep], found.scores[:, keep]
+            state.update(fresh=[vars(found.pairs[i]) for i in keep], fresh_scores=found.scores[:, keep])
         state["history"].append(entry)
         state.update(iteration=iteration + 1, step=0, loss_sum=0.0, accuracy_sum=0.0,
                      drawn=state["drawn"] + offline)
         save_training(job, "policy", policy, optimizer, state)
         write(job.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in state["history"]))
-        best = job.out / f"iterate-{-state['best'][2]}"
-        remove(*(f for f in job.out.glob("iterate-*") if f != best))
-    feasible, _, iteration, lam = state["best"]
-    if not feasible:
+    remove(iterate)
+    if not state["best"][0]:
         say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the one of least cost; try more "
             "--iterations or --dpo_steps, or a higher --cost_limit")
-    best = job.out / f"iterate-{-iteration}"
-    if RANK == 0 and best.exists():
-        remove(job.out / "policy")
-        os.replace(best, job.out / "policy")
-    gather(None)
-    return job.out / "policy", lam
+    return best, state["best"][3]
 
 def pairs_of_iteration(job, state, steps):
-    """The dataset's pairs in their endless order, with the last iteration's samples mixed in once each.
-    → pairs, their scores (reward, cost, log π_ref), the rows of each step, how many are the dataset's."""
+    """The dataset's pairs in their endless order, the last iteration's samples mixed in once each → pairs,
+    scores (reward, cost, log π_ref), the rows of each step, how many are the dataset's."""
     size, seed, iteration = job.cfg.batch_size, job.cfg.seed, state["iteration"]
-    fresh, scores = [Pair(**pair) for pair in state["fresh"]], torch.cat([job.scores, state["fresh_scores"]], 1)
+    fresh, scores = [Pair(**p) for p in state["fresh"]], torch.cat([job.scores, state["fresh_scores"]], dim=1)
     count = min(len(fresh), steps * size // 2)
     online = draw(len(fresh), 0, count, "fresh", seed, iteration) if count else []
     offline = draw(len(job.train), state["drawn"], steps * size - count, "policy", seed)
@@ -1095,10 +1085,10 @@ def start_lambda(job):
         lam = solve_dual(reward, cost, cfg.beta, job.cost_limit)
     for value in sorted({0.0, lam / 2, lam, 2 * lam, *cfg.lambdas}):
         p = predict(reward, cost, value, cfg.beta)
-        text = ("λ {:.4f}: predicted cost {:+.3f} [{:+.3f}, {:+.3f}], reward {:+.3f} [{:+.3f}, {:+.3f}], {:.1f} "
-                "effective samples of ").format(value, p["cost"], *p["cost_ci95"], p["reward"], *p["reward_ci95"],
-                                                p["ess"])
-        say(f"dual{'* '[value != lam]} {text}{cost.shape[1]}" + "; too few to be trusted" * (p["ess"] < 5))
+        text = ("predicted cost {cost:+.3f} [{cost_ci95[0]:+.3f}, {cost_ci95[1]:+.3f}], reward {reward:+.3f} "
+                "[{reward_ci95[0]:+.3f}, {reward_ci95[1]:+.3f}], {ess:.1f} effective samples of ").format(**p)
+        trust = "; too few to be trusted" if p["ess"] < 5 else ""
+        say(f"dual{'* '[value != lam]} λ {value:.4f}: {text}{cost.shape[1]}{trust}")
     return lam
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
@@ -1114,7 +1104,8 @@ def evaluate(job, name, path, lam):
 
 def markdown(rows):
     """The rows of results.json as a Markdown table."""
-    extra = [key for key in ("true_reward_mean", "true_cost_mean", "predicted_cost") if any(key in r for r in rows)]
+    extra = "true_reward_mean", "true_cost_mean", "predicted_cost"
+    extra = [key for key in extra if any(key in row for row in rows)]
     titles = [key.removesuffix("_mean").replace("_", " ") for key in extra]
     head = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length", *titles]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
@@ -1129,7 +1120,7 @@ def markdown(rows):
 
 # ---- The command -------------------------------------------------------------------------------------------
 def check_rows(job, source, flag="model"):
-    """Try the longest pair both ways, a shared-prompt row against the model's own forward: some decoders get a
+    """Try the longest pair both ways, a shared-prompt row and the model's own forward: some decoders get a
     (B, 1, L, L) mask silently wrong (short sliding windows), others scale or cap logits behind the head."""
     model = inference_model(source, job.cfg, flag)
     prompt, *ys = max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
@@ -1144,8 +1135,8 @@ def check_rows(job, source, flag="model"):
         theirs = torch.stack([plain(y) for y in ys])
         ours = (sequence_logps if flag == "model" else pair_scores)(model, collate_pairs([(prompt, *ys)]))[0]
     if ((ours - theirs).abs().cpu() > tolerance).any():
-        refuse(f"--{flag} {source}: a decoder whose attention or output head this program gets wrong (tried on "
-               "one long pair); use one such as Llama, Mistral, Qwen2 or GPT-2")
+        refuse(f"--{flag} {source}: a decoder whose attention or output head this program gets wrong (tried "
+               "on one long pair); use one such as Llama, Mistral, Qwen2 or GPT-2")
 
 def train_models(job):
     """The reference policy and the models of reward and cost (PeCAN: the two policies), unless given."""
@@ -1191,6 +1182,7 @@ def run(job):
     prepare(job)
     train_models(job)
     rows, job.prediction, job.cost_limit = [("SFT", job.reference, None)], None, cfg.cost_limit
+    names = {"cdpo": "C-DPO", "mocan": "MoCAN", "pecan": "PeCAN", "dpo": "DPO"}
     if cfg.method == "sft":
         export(Root(load_model(job.reference, cfg), sequence_logps), job.tokenizer, job.out / "policy", cfg)
     else:
@@ -1204,7 +1196,7 @@ def run(job):
         mode = "fixed" if once or cfg.lambda_lr == 0 else cfg.lambda_step
         iterations, steps = (1, cfg.iterations * cfg.dpo_steps) if once else (cfg.iterations, cfg.dpo_steps)
         path, lam = constrained_dpo(job, lam, mode, iterations, min(cfg.max_steps or steps, steps))
-        rows.append(({"cdpo": "C-DPO", "mocan": "MoCAN", "pecan": "PeCAN", "dpo": "DPO"}[cfg.method], path, lam))
+        rows.append((names[cfg.method], path, lam))
         for fixed in cfg.lambdas:
             if fixed or cfg.method != "dpo":
                 prob = relabel(reward, cost, fixed, cfg.labels, seeded("labels", cfg.seed, fixed))
@@ -1226,9 +1218,11 @@ def prepare(job):
     need += ["better_response_id"] if not cfg.reward_model or cfg.method == "pecan" else []
     if not cfg.cost_model or cfg.method == "pecan":
         need += ["safer_response_id", "is_response_0_safe", "is_response_1_safe"]
-    given = {name: getattr(cfg, name) for name in ("reward_model", "cost_model", "helpful_model", "safe_model")}
-    given = [(flag, path) for flag, path in given.items() if path] + [("compare", path) for path in cfg.compare]
-    for flag, path in given:
+    names = ("reward_model", "cost_model", "helpful_model", "safe_model")
+    given = [(name, getattr(cfg, name)) for name in names]
+    for flag, path in [*given, *(("compare", path) for path in cfg.compare)]:
+        if not path:
+            continue
         kind = getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", "")
         if flag in ("reward_model", "cost_model") and kind and kind != flag.split("_")[0]:
             refuse(f"--{flag} {path}: its config.json calls it a {kind} model; are the two exchanged?")
@@ -1241,26 +1235,21 @@ def prepare(job):
     job.train = job.train[: cfg.max_steps * cfg.batch_size] if cfg.max_steps else job.train
     job.evaluation, job.steering = prompts_of(job.held_out), prompts_of(steering)
     say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} for the table, {len(job.steering)} for λ")
+    job.base = cfg.sft_model or cfg.model
+    if job.base.startswith("{"):
+        with refusing(f"--model {job.base}", "it must be a JSON dictionary"):
+            job.base = json.dumps({"vocab_size": len(job.tokenizer), **json.loads(job.base)})
     check_space(job)
-    job.base = cfg.model
-    if cfg.model.startswith("{") and not cfg.sft_model:
-        job.base = job.out / "base"
-        if not job.base.exists():
-            model = load_model(cfg.model, cfg, vocabulary=len(job.tokenizer))
-            export(Root(model, sequence_logps), job.tokenizer, job.base, cfg)
-    check_rows(job, cfg.sft_model or job.base)
-    for flag, path in given:
-        if flag in ("reward_model", "cost_model"):
-            check_rows(job, path, flag)
+    for flag, path in [("model", job.base), *given[:2]]:
+        check_rows(job, path, flag) if path else None
 
 def check_space(job):
     """Refuse a run whose models and training state will not fit on the disk, before any of them is made."""
-    cfg, source = job.cfg, job.cfg.sft_model or job.cfg.model
-    config = load_config(source, vocabulary=len(job.tokenizer))
+    cfg, config = job.cfg, load_config(job.base)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     if len(job.tokenizer) > config.vocab_size:
-        refuse(f"the tokenizer has {len(job.tokenizer)} tokens, {source} {config.vocab_size}; name its own")
+        refuse(f"the tokenizer has {len(job.tokenizer)} tokens, {job.base} {config.vocab_size}; name its own")
     models = 2 + (not cfg.sft_model) + (not cfg.reward_model) + (not cfg.cost_model) + len(cfg.lambdas)
     size = parameters * (models * (2 if cfg.dtype == "bfloat16" else 4) + 2 * 12 * (not cfg.no_checkpoint))
     free = shutil.disk_usage(job.out).free + sum(f.stat().st_size for f in job.out.rglob("*") if f.is_file())
@@ -1268,51 +1257,32 @@ def check_space(job):
         refuse(f"--output_dir {job.out}: the run writes up to {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                "free; free some space, name another folder, or save no training state with --no_checkpoint")
 
-@contextmanager
-def run_folder(cfg):
-    """The locked output folder; a run goes on only with the settings that it began with."""
-    out = Path(cfg.output_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if RANK == 0 else None
-            check_folder(out, asdict(cfg), cfg.overwrite)
-            yield out
-    except BlockingIOError:
-        refuse(f"--output_dir {out}: another process is at work in it; wait for it or name another folder")
-    except Exception as error:  # torch and safetensors report a full disk in classes of their own
-        if "No space left" in str(error) or "failed writing" in str(error):
-            refuse(f"--output_dir {out}: the disk is full; free some space, then the same command goes on")
-        if isinstance(error, OSError) and str(error.filename).startswith(str(out)):
-            refuse(f"--output_dir {out}: cannot be written ({error}); name another folder")
-        raise
-
-def check_folder(out, settings, overwrite):
-    """Refuse a folder of something else, or of a run with other settings; with overwrite, empty a run's."""
-    kept = settings
-    if (out / "config.json").exists():
-        foreign = f"--output_dir {out}: its config.json is not of a run of this program"
-        with refusing(foreign, "name another folder"):
+def open_folder(out, settings, where):
+    """Refuse a folder of something else, or of a run with other settings; with --overwrite, empty a run's."""
+    kept, overwrite = settings, settings["overwrite"]
+    with refusing(where, "it holds no run of this program; name another folder"):
+        if (out / "config.json").exists():
             kept = json.loads((out / "config.json").read_text())
             kept["output_dir"]
-    elif any(f.name not in (".lock", "config.json.tmp", "training") for f in out.iterdir()):
-        refuse(f"--output_dir {out}: is not empty and holds no run of this program; name another folder")
-    if overwrite:
-        ours = re.compile(r"(sft|base|reward_model|cost_model|helpful|safe|policy|training|iterate-.*|lambda-.*"
-                          r"|metrics.jsonl|results.json|samples.jsonl|scores.pt|reference_samples.pt)(\.tmp)?")
-        remove(*(f for f in out.iterdir() if ours.fullmatch(f.name)))
+        elif others := {f.name for f in out.iterdir()} - {".lock", "config.json.tmp", "training"}:
+            raise FileExistsError(f"it is not empty, it has {others.pop()}")
     changed = [f"{key} was {kept.get(key)!r:.80}, is {value!r:.80}" for key, value in settings.items()
-               if not overwrite and key not in EXTENDING and kept.get(key) != value]
-    if changed:
-        refuse(f"--output_dir {out}: the run there has other settings ({'; '.join(changed)}); use those, "
-               "name another folder, or start afresh with --overwrite")
+               if key not in EXTENDING and kept.get(key) != value]
+    if changed and not overwrite:
+        refuse(f"{where}: the run there has other settings ({'; '.join(changed)}); use those, name another "
+               "folder, or start afresh with --overwrite")
     gather(None)
+    if overwrite:
+        ours = re.compile(r"(sft|reward_model|cost_model|helpful|safe|policy|iterate|lambda-.*|training"
+                          r"|(scores|reference_samples)\.pt|(metrics|results|samples)\.jsonl?)(\.tmp)?")
+        remove(*(f for f in out.iterdir() if ours.fullmatch(f.name)))
     (out / "training").mkdir(exist_ok=True)
     write(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False))
 
 def main(argv=None):
     """The whole program. Refusals are SystemExit(2) with one line on standard error."""
     cfg = parse(argv)
+    out, where = Path(cfg.output_dir), f"--output_dir {cfg.output_dir}"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
@@ -1324,15 +1294,26 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **alone)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        with run_folder(cfg) as out:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if RANK == 0 else None
+            open_folder(out, asdict(cfg), where)
             run(SimpleNamespace(cfg=cfg, out=out))
         gather(None)  # no process takes the group down while another still uses it
     except KeyboardInterrupt:
-        refuse(f"stopped; the same command goes on from {cfg.output_dir}", code=130)
+        refuse(f"stopped; the same command goes on from {out}", code=130)
+    except BlockingIOError:
+        refuse(f"{where}: another process is at work in it; wait for it or name another folder")
     except torch.OutOfMemoryError:
         print(f"cdpo: out of GPU memory. Halve --tokens_per_batch (now {cfg.tokens_per_batch}) for training "
               f"or --sample_batch (now {cfg.sample_batch}) for samples. torchrun divides the 16 bytes per "
               "parameter by the GPUs, --cpu_offload moves them to host memory", file=sys.stderr)
+        raise
+    except Exception as error:  # torch and safetensors report a full disk in classes of their own
+        if "No space left" in str(error) or "failed writing" in str(error):
+            refuse(f"{where}: the disk is full; free some space, then the same command goes on")
+        if isinstance(error, OSError) and str(error.filename).startswith(str(out)):
+            refuse(f"{where}: cannot be written ({error}); name another folder")
         raise
     finally:
         if dist.is_initialized() and WORLD == 1:
@@ -1340,6 +1321,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    if WORLD > 1:  # everything is written; the threads of gloo now and then abort the interpreter's own way out
+    if WORLD > 1:  # everything is written; gloo's threads now and then abort the interpreter's own way out
         sys.stdout.flush()
         os._exit(0)

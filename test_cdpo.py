@@ -674,7 +674,7 @@ def test_every_method_runs_through_the_same_stages(tmp_path, method, flags, name
     rows = rows_of(tmp_path / "o")
     assert name in rows and (tmp_path / "o" / "policy" / "model.safetensors").exists()
     if method == "mocan":
-        mean = float(torch.load(tmp_path / "o" / "reference_samples.pt")["cost"].mean())
+        mean = float(torch.load(tmp_path / "o" / "reference_samples.pt")["scores"][1].mean())
         assert rows["MoCAN"]["lambda"] > 0 and rows["MoCAN"]["predicted_cost"] == pytest.approx(mean - 0.02, abs=1e-4)
     if method == "pecan":
         assert not (tmp_path / "o" / "reward_model").exists() and (tmp_path / "o" / "helpful").exists()
@@ -956,7 +956,7 @@ FLAGS = {  # name: (flags, words of the message)
     "a table that is none": (["--dataset", "BAD.parquet"], "cannot be read"),
     "no such model": (["--model", "/nowhere/model"], "--model /nowhere/model"),
     "an unknown architecture": (["--model", '{"model_type": "perceptron"}'], "cannot be loaded"),
-    "a model that is no dictionary": (["--model", '{"model_type": '], "cannot be loaded"),
+    "a model that is no dictionary": (["--model", '{"model_type": '], "must be a JSON dictionary"),
     "no such reward model": (["--reward_model", "/nowhere/r"], "--reward_model /nowhere/r"),
     "a score model without a head": (["--cost_model", "HEADLESS"], "no score_head.weight"),
     "a cost model for a reward model": (["--reward_model", "COST"], "calls it a cost model"),
@@ -1026,8 +1026,8 @@ def test_a_refused_folder_keeps_every_file(quick, tmp_path, capsys):
     foreign = tmp_path / "model"
     foreign.mkdir()
     (foreign / "config.json").write_text('{"model_type": "llama"}')
-    assert "not of a run of this program" in refusal_of([*QUICK, "--output_dir", str(foreign)], capsys)
-    assert "not of a run of this program" in refusal_of([*QUICK, "--output_dir", str(foreign), "--overwrite"], capsys)
+    assert "holds no run of this program" in refusal_of([*QUICK, "--output_dir", str(foreign)], capsys)
+    assert "holds no run of this program" in refusal_of([*QUICK, "--output_dir", str(foreign), "--overwrite"], capsys)
     assert (foreign / "config.json").read_text() == '{"model_type": "llama"}'
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
