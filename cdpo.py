@@ -741,17 +741,17 @@ def fingerprint(*things):
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 def cached(file, source, compute):
-    """A dictionary of tensors: from a file whose fingerprint matches, or computed and written."""
+    """A tensor: from a file whose fingerprint matches, or computed and written."""
     if file.exists():
         with refusing(f"{file}: cannot be read", "delete it"):
             kept = torch.load(file, weights_only=True)
             if kept["source"] == source:
-                return kept
+                return kept["scores"]
         say(f"{file.name}: the data or the models have changed; computing it again")
-    tensors = compute()
+    scores = compute()
     with atomic(file) as temporary:
-        torch.save({"source": source, **tensors}, temporary) if RANK == 0 else None
-    return tensors
+        torch.save({"source": source, "scores": scores}, temporary) if RANK == 0 else None
+    return scores
 
 def local(tensor):
     """This process's part of a parameter or of its optimizer state."""
@@ -1074,9 +1074,9 @@ def start_lambda(job):
     prompts = (job.steering + prompts_of(job.train))[: cfg.dual_prompts]
     def compute():
         found = measure(job, job.reference, prompts, cfg.dual_samples, "dual")
-        return {"scores": torch.stack([found.reward, found.cost])}
+        return torch.stack([found.reward, found.cost])
     source = fingerprint(prompts, cfg.dual_samples, cfg.max_new_tokens, job.models)
-    job.prediction = reward, cost = cached(job.out / "reference_samples.pt", source, compute)["scores"]
+    job.prediction = reward, cost = cached(job.out / "reference_samples.pt", source, compute)
     if cfg.margin is not None:
         job.cost_limit = float(cost.mean()) - cfg.margin
     if cfg.lambda_init is not None:
@@ -1188,10 +1188,9 @@ def run(job):
     else:
         def compute():
             ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref of the pairs")
-            reward, cost = score(job, job.train, ref_logps)
-            return {"scores": torch.stack([reward, cost, ref_logps])}
+            return torch.stack([*score(job, job.train, ref_logps), ref_logps])
         source = fingerprint([p.ids for p in job.train], job.models)
-        job.scores = reward, cost, ref_logps = cached(job.out / "scores.pt", source, compute)["scores"]
+        job.scores = reward, cost, ref_logps = cached(job.out / "scores.pt", source, compute)
         lam, once = start_lambda(job), cfg.method != "cdpo"
         mode = "fixed" if once or cfg.lambda_lr == 0 else cfg.lambda_step
         iterations, steps = (1, cfg.iterations * cfg.dpo_steps) if once else (cfg.iterations, cfg.dpo_steps)
