@@ -12,9 +12,8 @@ any training, in closed form on samples of π_ref; they are the same program wit
     python cdpo.py --model meta-llama/Llama-2-7b-hf                    # one GPU with 141 GB
     torchrun --nproc_per_node 8 cdpo.py --model meta-llama/Llama-2-7b-hf           # sharded over 8 (FSDP2)
 
-The file reads as the paper reads: settings; the mathematics; data; rows and batches; models; files; training,
-scoring, sampling; the method; evaluation; the command. Left out on purpose: vector-valued λ, LoRA, tensor
-parallelism, other optimizers, callbacks. Equation numbers are those of 2403.02475.
+Left out on purpose: vector-valued λ, LoRA, tensor parallelism, other optimizers, callbacks. Equation numbers
+are those of 2403.02475.
 """
 import fcntl
 import hashlib
@@ -30,13 +29,14 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # micro-batches differ in shape
 
+import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
@@ -47,15 +47,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 def opt(default, text):
-    """A field of Config with its line of --help."""
-    text = text.replace("%", "%%") + (f" (default {default})" if default not in (None, "", False, []) else "")
-    default = {"default_factory": list} if default == [] else {"default": default}
-    return field(**default, metadata={"help": text})
+    """A field of Config with its line of --help, to which the parser adds the default."""
+    if default == []:
+        return field(default_factory=list, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 @dataclass
 class Config:
@@ -98,13 +99,13 @@ class Config:
     dual_samples: Optional[int] = opt(None, "responses per prompt there (default 128, or 16 to start C-DPO)")
     # Training
     batch_size: int = opt(64, "pairs of an optimizer step, all processes together")
-    tokens_per_batch: Optional[int] = opt(None, "tokens of a micro-batch (default 8192 on GPU, 1024 on CPU)")
+    tokens_per_batch: int = opt(8192 if GPU else 1024, "tokens of a micro-batch; more on a GPU")
     learning_rate: float = opt(1e-6, "of DPO")
     sft_learning_rate: float = opt(1e-5, "of SFT and of the reward and cost models")
     epochs: int = opt(1, "passes over the pairs in SFT and score models (those overfit in a second one)")
     max_steps: Optional[int] = opt(None, "bound every stage to this many batches, for a quick measurement")
-    dtype: Optional[Literal["float32", "bfloat16"]] = opt(None, "of compute and models (bfloat16 on a GPU)")
-    gradient_checkpointing: Optional[bool] = opt(None, "recompute activations in backward (default on a GPU)")
+    dtype: Literal["float32", "bfloat16"] = opt("bfloat16" if GPU else "float32", "of compute and models")
+    gradient_checkpointing: bool = opt(GPU, "recompute activations in backward, to save memory")
     cpu_offload: bool = opt(False, "keep weights and optimizer in host memory, for one small GPU")
     save_minutes: float = opt(30.0, "minutes between checkpoints inside a long stage")
     no_checkpoint: bool = opt(False, "write no resumable training state (81 GB at 7B)")
@@ -117,11 +118,10 @@ class Config:
 # Settings that extend a run instead of contradicting it, or that do not touch its numbers.
 EXTENDING = ("iterations compare lambdas eval_prompts eval_samples overwrite output_dir save_minutes "
              "no_checkpoint").split()
-BOUNDS = {  # lowest value: the settings it holds for
-    1: "max_new_tokens lambda_samples iterations dpo_steps dual_prompts batch_size tokens_per_batch epochs "
-       "max_steps eval_samples sample_batch",
-    0: "seed lambda_init lambda_lr lambdas", 2: "lambda_prompts eval_prompts dual_samples", 4: "max_length",
-    1e-12: "beta learning_rate sft_learning_rate save_minutes", 0.5: "cost_confidence"}
+# The lowest value of a setting; that of other whole numbers is 1, and any other number must only be finite.
+LOWEST = {"seed": 0, "lambda_init": 0, "lambda_lr": 0, "lambdas": 0, "lambda_prompts": 2, "eval_prompts": 2,
+          "dual_samples": 2, "max_length": 4, "cost_confidence": 0.5, "beta": 1e-12, "learning_rate": 1e-12,
+          "sft_learning_rate": 1e-12, "save_minutes": 1e-12}
 
 def refuse(message, code=2):
     """Leave with one line on standard error that says what, where and how to mend it."""
@@ -150,7 +150,6 @@ def flags_of(path):
 
 def parse(argv):
     """Command line → Config. Flags win over --config; every value is checked before anything is loaded."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = transformers.HfArgumentParser(Config, prog="cdpo.py", description=__doc__.split("\n")[0],
                                            allow_abbrev=False)
     parser.add_argument("--config", help="JSON file of settings; flags on the command line win over it")
@@ -158,35 +157,31 @@ def parse(argv):
     given = parser.parse_args(argv)
     if path := given.config:
         parser.error = lambda message: refuse(f"{message} (in {path}); --help lists the flags")
-        given = parser.parse_args(flags_of(path) + argv)
+        given = parser.parse_args(argv, parser.parse_args(flags_of(path)))
     del given.config
     cfg = Config(**vars(given))
-    for name, value in asdict(cfg).items():
-        low = next((low for low, names in BOUNDS.items() if name in names.split()), -math.inf)
+    for name, value in vars(cfg).items():
+        low = LOWEST.get(name, 1 if type(value) is int else -math.inf)
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (int, float)) and not low <= number < math.inf:
-                rule = "above 0" if low == 1e-12 else f"at least {low}, finite"
+            if isinstance(number, (int, float)) and not (low <= number and math.isfinite(number)):
+                rule = {1e-12: "above 0", -math.inf: "finite"}.get(low, f"at least {low}, finite")
                 refuse(f"--{name} is {number}; it must be {rule}")
         if value == "":
             refuse(f"--{name} is empty; give a value or leave it out")
-    closed_form, gpu = cfg.method in ("mocan", "pecan"), torch.cuda.is_available()
-    pecan, newton = cfg.method == "pecan", cfg.method == "cdpo" and cfg.lambda_step == "newton"
+    closed_form = cfg.method in ("mocan", "pecan")
+    newton = cfg.method == "cdpo" and cfg.lambda_step == "newton"
     for message, wrong in {
         "--template must contain {prompt} once": cfg.template.count("{prompt}") != 1,
         "--cost_confidence must be below 1": cfg.cost_confidence >= 1,
-        "--method pecan needs --margin: implicit costs have no zero": pecan and cfg.margin is None,
+        "--method pecan needs --margin: its costs have no zero": cfg.method == "pecan" and cfg.margin is None,
         "--lambda_step newton needs --lambda_samples of 2 or more": newton and cfg.lambda_samples < 2,
         "--lambdas names a value twice": len(set(cfg.lambdas)) < len(cfg.lambdas),
         "--max_new_tokens leaves no room for a prompt in --max_length": cfg.max_new_tokens >= cfg.max_length,
-        f"--lambda_init excludes --method {cfg.method}, which solves for λ; fix λ with --method cdpo "
-        "--lambda_step fixed": closed_form and cfg.lambda_init is not None,
-        "--cpu_offload needs a GPU; leave it out": cfg.cpu_offload and not gpu,
+        f"--lambda_init excludes --method {cfg.method}; leave it out": closed_form and cfg.lambda_init is not None,
+        "--cpu_offload needs a GPU; leave it out": cfg.cpu_offload and not GPU,
     }.items():
         if wrong:
             refuse(message)
-    cfg.dtype = cfg.dtype or ("bfloat16" if gpu else "float32")
-    cfg.tokens_per_batch = cfg.tokens_per_batch or (8192 if gpu else 1024)
-    cfg.gradient_checkpointing = gpu if cfg.gradient_checkpointing is None else cfg.gradient_checkpointing
     cfg.dual_samples = cfg.dual_samples or (128 if closed_form else 16)
     return cfg
 
@@ -240,7 +235,7 @@ def newton_lambda_step(lam, cost, cost_limit, beta, damping=0.5):
     if cost.dim() != 2 or cost.shape[1] < 2:
         raise ValueError(f"newton_lambda_step: cost is {tuple(cost.shape)}; it needs 2 samples per prompt")
     variance = cost.var(dim=1).mean()
-    if not (variance > 0 and torch.isfinite(variance)):  # a NaN would pass through max() as 0
+    if not 0 < variance < float("inf"):  # a NaN would pass through max() as 0
         raise ValueError(f"newton_lambda_step: the variance of the cost within prompts is {float(variance)}")
     return max(0.0, float(lam + damping * beta * (cost.mean() - cost_limit) / variance))
 
@@ -263,11 +258,10 @@ def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0):
         return (torch.softmax((reward - lam * cost) / beta, dim=1) * cost).sum(dim=1).mean()
     if expected_cost(0.0) <= cost_limit:
         return 0.0
-    if expected_cost(lam_max) > cost_limit:
-        raise ValueError(f"solve_dual: no lambda up to {lam_max:g} meets the limit {cost_limit:.6g}: the "
-                         "lowest cost that the samples can reach is "
-                         f"{float(cost.min(dim=1).values.mean()):.6g}, the cost at lambda {lam_max:g} is "
-                         f"{float(expected_cost(lam_max)):.6g}")
+    if (last := expected_cost(lam_max)) > cost_limit:
+        raise ValueError(f"solve_dual: no lambda up to {lam_max:g} meets the limit {cost_limit:.6g}: the lowest "
+                         f"cost that the samples can reach is {cost.min(dim=1).values.mean():.6g}, the cost at "
+                         f"lambda {lam_max:g} is {last:.6g}")
     low, high = 0.0, float(lam_max)
     for _ in range(80):
         middle = (low + high) / 2
@@ -313,6 +307,9 @@ class Pair:
     better: int = 0  # which response is more helpful
     safer: int = 0  # which one is less harmful
     signs: tuple = (0, 0)  # +1 unsafe, −1 safe
+
+UNLABELLED = {"response_0": "", "response_1": "", "better_response_id": 0, "safer_response_id": 0,
+              "is_response_0_safe": 0.5, "is_response_1_safe": 0.5}  # for columns that a run does not need
 
 def seeded(*key):
     """A random generator that depends on its key alone: there is no generator state to keep or restore."""
@@ -388,37 +385,37 @@ def load_pairs(source, flag, need, cfg, tokenizer):
         rows = read_rows(source, flag, cfg.seed)
         if not rows:
             raise ValueError("it is empty")
-    pairs, columns, used, skipped = [], ["prompt", *need], [], Counter()
+    pairs, used, columns = [], [], ["prompt", *need]
     for where, row in rows:
         for name in columns:
             if not isinstance(row, dict) or name not in row:
-                refuse(f"--{flag} {source}, {where}: column {name} is missing; this run needs "
-                       + ", ".join(columns))
-            value, text = row[name], name in ("prompt", "response_0", "response_1")
-            if not (isinstance(value, str) if text else isinstance(value, int) and value in (0, 1)):
-                rule = "text" if text else "true or false" if name.startswith("is_") else "0 or 1"
-                refuse(f"--{flag} {source}, {where}: {name} is {value!r:.60}; it must be {rule}")
-        known = {name: row[name] for name in need}
-        texts = known.get("response_0", ""), known.get("response_1", "")
-        better, safer = int(known.get("better_response_id", 0)), int(known.get("safer_response_id", 0))
-        signs = tuple(1 - 2 * known.get(f"is_response_{i}_safe", 0.5) for i in (0, 1))  # 0 where unknown
-        pairs.append(Pair(row["prompt"].strip(), texts, better=better, safer=safer, signs=signs))
+                needed = ", ".join(columns)
+                refuse(f"--{flag} {source}, {where}: column {name} is missing; this run needs {needed}")
+            rule = "true or false" if name.startswith("is_") else "0 or 1" if name.endswith("_id") else "text"
+            if not (isinstance(row[name], str) if rule == "text" else row[name] in (0, 1)):
+                refuse(f"--{flag} {source}, {where}: {name} is {row[name]!r:.60}; it must be {rule}")
+        row = UNLABELLED | {name: row[name] for name in columns}
+        signs = tuple(1 - 2 * row[f"is_response_{i}_safe"] for i in (0, 1))
+        pairs.append(Pair(row["prompt"].strip(), (row["response_0"], row["response_1"]), signs=signs,
+                          better=int(row["better_response_id"]), safer=int(row["safer_response_id"])))
     tokens, counts = with_ids(pairs, tokenizer, cfg.template, cfg.max_length)
     for pair, ids in zip(pairs, tokens):
+        pair.ids = ids
         reason = ("empty prompt" if not pair.prompt else None if not need else
                   "empty response" if not all(text.strip() for text in pair.responses) else
                   "'safer' response unsafe beside a safe one" if pair.signs[pair.safer] > min(pair.signs) else
                   "prompt that fills --max_length" if not (ids[1] and ids[2]) else
                   "identical responses" if ids[1] == ids[2] else None)
-        skipped[reason] += 1
-        used += [] if reason else [replace(pair, ids=ids)]
-    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if reason) or "none"
-    if reasons != "none" or counts.total():
-        say(f"{source}: {len(used)} of {len(pairs)} rows used; skipped: {reasons}; {counts['cut']} responses "
-            f"cut, {counts['misaligned']} whose tokens do not follow the prompt's")
-    if len(used) * 2 < len(pairs) or not used:
-        refuse(f"--{flag} {source}: only {len(used)} of {len(pairs)} rows can be used (skipped: {reasons}); "
-               "mend the data or, where prompts are too long, raise --max_length")
+        if reason:
+            counts[reason] += 1
+        else:
+            used.append(pair)
+    notes = ", ".join(f"{count} {what}" for what, count in counts.items())
+    if counts:
+        say(f"{source}: {len(used)} of {len(pairs)} rows used; {notes}")
+    if len(used) * 2 < len(pairs):
+        refuse(f"--{flag} {source}: only {len(used)} of {len(pairs)} rows can be used ({notes}); mend the data "
+               "or, where prompts are too long, raise --max_length")
     return used
 
 def encode(tokenizer, template, texts, max_length):
@@ -427,21 +424,19 @@ def encode(tokenizer, template, texts, max_length):
     where those are no prefix of the whole, the response is encoded by itself. The end-of-sequence token
     follows a response that ended by itself and is not cut to max_length."""
     bos = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
-    prompts, encoded, counts = [template.replace("{prompt}", text[0]) for text in texts], [], Counter()
-    once = list(dict.fromkeys(prompts))
-    wholes = once + [prompt + text[1] for prompt, text in zip(prompts, texts)]
-    wholes = tokenizer(wholes, add_special_tokens=False)["input_ids"]
-    heads = dict(zip(once, wholes))
-    for prompt, (_, response, ended), whole in zip(prompts, texts, wholes[len(once):]):
-        head = heads[prompt]
+    prompts = [template.replace("{prompt}", prompt) for prompt, _, _ in texts]
+    wholes = [prompt + response for prompt, (_, response, _) in zip(prompts, texts)]
+    heads, wholes = (tokenizer(batch, add_special_tokens=False)["input_ids"] for batch in (prompts, wholes))
+    encoded, counts = [], Counter()
+    for (_, response, ended), head, whole in zip(texts, heads, wholes):
         if whole[: len(head)] != head:
-            counts["misaligned"] += 1
+            counts["responses whose tokens do not follow the prompt's"] += 1
             whole = head + tokenizer(response, add_special_tokens=False)["input_ids"]
         answer = whole[len(head):] + [tokenizer.eos_token_id] * ended
         room = max(0, max_length - len(bos + head))
-        counts["cut"] += len(answer) > room
+        counts["responses cut to --max_length"] += len(answer) > room
         encoded.append((bos + head, answer[:room]))
-    return encoded, counts
+    return encoded, +counts  # + drops what was counted 0 times
 
 def with_ids(pairs, tokenizer, template, max_length):
     """Token ids (prompt_ids, y0_ids, y1_ids) of each pair in a tokenizer's words, and encode's counts."""
@@ -456,9 +451,10 @@ def split_by_prompt(pairs, eval_pairs, cfg):
     order = [prompts[i] for i in torch.randperm(len(prompts), generator=seeded("split", cfg.seed)).tolist()]
     fifth = len(prompts) // 5
     held_out = prompts_of(eval_pairs) if eval_pairs else order[:fifth]
-    order = [prompt for prompt in order if prompt not in set(held_out)]
-    table, steering = set(held_out[: cfg.eval_prompts]), set(order[: min(cfg.lambda_prompts, fifth)])
-    train = [pair for pair in pairs if pair.prompt not in {*held_out, *steering}]
+    table, away = set(held_out[: cfg.eval_prompts]), set(held_out)
+    order = [prompt for prompt in order if prompt not in away]
+    steering = set(order[: min(cfg.lambda_prompts, fifth)])
+    train = [pair for pair in pairs if pair.prompt not in away and pair.prompt not in steering]
     if len(table) < 2 or len(steering) < 2 or not train:
         refuse(f"--dataset {cfg.dataset}: its {len(prompts)} prompts are too few to split; give 10 or more")
     held_out = [pair for pair in eval_pairs or pairs if pair.prompt in table]
@@ -472,31 +468,25 @@ def collate_pairs(pairs, pad_id=0):
     of input_ids, position_ids (B, L); attention_mask (B, 1, L, L) bool; and, as indices into the B·L tokens,
     `source` (N,), where the N response tokens `target` (N,) are predicted, `owner` (N,), the response 2·row +
     i that each belongs to, and `last` (2B,), the last token of each response. ValueError: empty prompt."""
-    width = max(sum(map(len, parts)) for parts in pairs)
-    input_ids = torch.full((len(pairs), width), pad_id)
-    position_ids = torch.zeros((len(pairs), width), dtype=torch.long)
-    segment = torch.full((len(pairs), width), -1)  # 0 prompt, 1 and 2 responses, −1 padding: by length, no id
-    source, target, owner, last = [], [], [], []
-    for row, (prompt, *responses) in enumerate(pairs):
-        if not len(prompt):
-            raise ValueError("collate_pairs: an empty prompt has no token to predict the response from")
-        start, prompt_end = 0, row * width + len(prompt) - 1
-        for part, tokens in enumerate([prompt, *responses]):
-            first, stop, offset = row * width + start, start + len(tokens), len(prompt) if part else 0
-            input_ids[row, start:stop] = torch.tensor(tokens)
-            position_ids[row, start:stop] = torch.arange(offset, offset + len(tokens))
-            segment[row, start:stop] = part
-            if part:
-                source += [prompt_end, *range(first, first + len(tokens) - 1)][: len(tokens)]
-                target += tokens
-                owner += [len(last)] * len(tokens)
-                last.append(first + len(tokens) - 1 if len(tokens) else prompt_end)
-            start = stop
+    lengths = torch.tensor([[len(part) for part in parts] for parts in pairs])  # (B, 3)
+    if not lengths[:, 0].all():
+        raise ValueError("collate_pairs: an empty prompt has no token to predict the response from")
+    ends = lengths.cumsum(dim=1)  # of prompt, y0 and y1 in their row
+    column, row = torch.arange(int(ends.max())), torch.arange(len(pairs))[:, None]
+    index = row * len(column) + column  # (B, L), of each token among the B·L
+    segment = (column >= ends[:, :, None]).sum(dim=1)  # 0 prompt, 1 and 2 responses, 3 padding: by length, no id
+    answer = (segment == 1) | (segment == 2)
+    input_ids = torch.full_like(index, pad_id)
+    input_ids[segment < 3] = torch.tensor([token for parts in pairs for part in parts for token in part])
+    position_ids = (column - lengths[:, 1:2] * (segment == 2)) * (segment < 3)
     seen = (segment[:, :, None] == segment[:, None, :]) | (segment == 0)[:, None, :]
-    mask = (torch.ones(width, width, dtype=torch.bool).tril() & seen)[:, None]
-    index = {"source": source, "target": target, "owner": owner, "last": last}
-    return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask,
-            **{name: torch.tensor(values, dtype=torch.long) for name, values in index.items()}}
+    prompt_end = index[:, :1] + ends[:, :1] - 1
+    source = torch.where(position_ids == ends[:, :1], prompt_end, index - 1)  # both responses follow the prompt
+    last = torch.where(lengths[:, 1:] > 0, index[:, :1] + ends[:, 1:] - 1, prompt_end)
+    return {"input_ids": input_ids, "position_ids": position_ids,
+            "attention_mask": ((column[:, None] >= column) & seen)[:, None],
+            "source": source[answer], "target": input_ids[answer],
+            "owner": (2 * row + segment - 1)[answer], "last": last.flatten()}
 
 def hidden_at(model, batch, where):
     """Last hidden states at the tokens batch[where] of a batch of rows, (n, width)."""
@@ -566,26 +556,30 @@ class ScoreModel(transformers.PreTrainedModel):
         config = without_dropout(AutoConfig.from_pretrained(path, attn_implementation="sdpa"))
         kwargs = {"dtype": "auto", **kwargs, "config": config, "output_loading_info": True}
         model, info = super().from_pretrained(path, **kwargs)
-        missing, stored = set(info["missing_keys"]), model.state_dict(keep_vars=True)
+        stored = model.state_dict(keep_vars=True)
         values = {"score_head.bias": 0.0, "normalizer.mean": 0.0, "normalizer.var": 1.0}
         if getattr(config, "do_normalize", False):  # mean and var stand in tensors or in the config
             values |= {f"normalizer.{name}": getattr(config, name, None) for name in ("mean", "var")}
-        for name in [name for name in missing if values.get(name) is not None]:
+        for name in sorted(info["missing_keys"]):
+            if values.get(name) is None:
+                raise ValueError(f"it is no score model, it has no {name}")
             stored[name].data = torch.tensor(values[name]).float().reshape(1)
-            missing.remove(name)
-        if missing:
-            raise ValueError(f"it is no score model, it has no {sorted(missing)[-1]}")
         return model
 
     def score(self, hidden):
         """Hidden states (B, width) → (B,) float32 scores, normalized where the checkpoint asks for it."""
-        weight, bias = self.score_head.weight.float(), self.score_head.bias.float()
-        score = nn.functional.linear(hidden.float(), weight, bias)
-        if getattr(self.config, "do_normalize", False):
-            is_cost = getattr(self.config, "score_type", "reward") == "cost"
+        head, config = self.score_head, self.config
+        score = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+        if getattr(config, "do_normalize", False):
+            is_cost = getattr(config, "score_type", "reward") == "cost"
             mean = 0.0 if is_cost else self.normalizer.mean.float()
             score = (score - mean) / self.normalizer.var.float().sqrt()
-        return score.squeeze(-1)
+        return score
+
+    def forward(self, input_ids, attention_mask):
+        """input_ids, attention_mask (B, L), right-padded → (B,) float32, the scores at the last tokens."""
+        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self.score(hidden[range(len(hidden)), attention_mask.sum(dim=1) - 1])
 
 class Root(nn.Module):
     """A model whose forward is `function(model, batch)`: FSDP2 has parameters whole only inside a forward."""
@@ -610,27 +604,25 @@ def attempt(load, source, flag, **kwargs):
 
 def load_tokenizer(cfg):
     """The policy's tokenizer, with the prompt template as its chat template."""
-    source = cfg.tokenizer or cfg.sft_model or cfg.model
-    if source.startswith("{") and cfg.dataset.startswith("tiny"):
-        from tokenizers import Tokenizer, models, pre_tokenizers
+    flag = "tokenizer" if cfg.tokenizer else "sft_model" if cfg.sft_model else "model"
+    source = getattr(cfg, flag)
+    if not source.startswith("{"):
+        tokenizer = attempt(AutoTokenizer.from_pretrained, source, flag)
+    elif cfg.dataset.startswith("tiny"):
         words = "</s> <unk> BEGINNING OF CONVERSATION : USER ASSISTANT".split()
         words = {word: i for i, word in enumerate([*words, *TINY_WORDS, *TINY_VERBS, *TINY_NOUNS])}
-        words = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
                                                          unk_token="<unk>")
-    elif source.startswith("{"):
-        tokenizer = transformers.ByT5Tokenizer()
     else:
-        tokenizer = attempt(AutoTokenizer.from_pretrained, source, "tokenizer" if cfg.tokenizer else "model")
+        tokenizer = transformers.ByT5Tokenizer()
     if tokenizer.eos_token_id is None:
         refuse(f"the tokenizer of {source} has no end-of-sequence token; name another with --tokenizer")
-    bos = tokenizer.bos_token if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-    bos, eos, head, tail = map(json.dumps, (bos, tokenizer.eos_token, *cfg.template.split("{prompt}")))
-    tokenizer.chat_template = (
-        f"{{{{ {bos} }}}}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
-        f"{{{{ message['content'] + {eos} }}}}{{% else %}}{{{{ {head} + message['content'] + {tail} }}}}"
-        "{% endif %}{% endfor %}")
+    bos = "{{ bos_token }}" * (tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id])
+    tokenizer.chat_template = bos + (
+        "{% for message in messages %}{{ message['content'] + eos_token if message['role'] == 'assistant' else "
+        f"{cfg.template!r}.replace('{{prompt}}', message['content']) }}}}" "{% endfor %}")
     return tokenizer
 
 def load_config(source, flag="model", vocabulary=None):
@@ -651,7 +643,8 @@ def load_model(source, cfg, flag="model", vocabulary=None):
     else:
         model = attempt(AutoModelForCausalLM.from_pretrained, source, flag, dtype="auto", **kwargs)
     # generate() takes what it is not told from here: a checkpoint's top_k or repetition penalty must not leak
-    tokens = {key: getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(model.config, name, None) for name in names}
     model.generation_config = transformers.GenerationConfig(**tokens)
     return model
 
@@ -672,11 +665,10 @@ def training_model(model, function, cfg, learning_rate):
     if dist.is_initialized():
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
-        mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (WORLD,))
         offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
         blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
         for unit in [*blocks, root]:  # in turn, so that one float32 block at most is whole on the GPU
-            fully_shard(unit.float(), mesh=mesh, mp_policy=precision, offload_policy=offload)
+            fully_shard(unit.float(), mp_policy=precision, offload_policy=offload)
     else:
         root.float().to(DEVICE)
     return root, torch.optim.AdamW(root.parameters(), learning_rate, (0.9, 0.95), weight_decay=0, fused=True)
