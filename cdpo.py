@@ -54,17 +54,15 @@ BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
 # ---- Settings ----------------------------------------------------------------------------------------------
 def opt(default, text):
     """A field of Config with its line of --help, to which the parser adds the default."""
-    if default == []:
-        return field(default_factory=list, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+    kind = "default_factory" if default is list else "default"
+    return field(metadata={"help": text}, **{kind: default})
 
 @dataclass
 class Config:
     """Every setting of a run, read from the command line or from a JSON file (--config)."""
     method: Literal["cdpo", "mocan", "pecan", "dpo", "sft"] = opt("cdpo", "how the policy is found")
     model: str = opt("meta-llama/Llama-2-7b-hf", "hub name, folder, or JSON dictionary of a model to build")
-    dataset: str = opt("PKU-Alignment/PKU-SafeRLHF-30K", "hub name, .jsonl/.json/.parquet file, folder of "
-                       "datasets, or tiny, a world whose truth is known (tiny:N for N pairs)")
+    dataset: str = opt("PKU-Alignment/PKU-SafeRLHF-30K", "hub name, file, folder or tiny (tiny:N: N pairs)")
     output_dir: str = opt("cdpo_output", "where everything is written; the same command goes on from there")
     overwrite: bool = opt(False, "discard the run in --output_dir and start afresh")
     seed: int = opt(0, "seed of every random choice")
@@ -92,7 +90,7 @@ class Config:
     lambda_prompts: int = opt(500, "held-out prompts on which the cost is estimated for the step of λ")
     lambda_samples: int = opt(4, "responses per prompt there")
     recycle: bool = opt(True, "train on those responses, too, as fresh pairs of the next iteration")
-    lambdas: list[float] = opt([], "also train a policy for each of these fixed λ; 0 is the DPO row")
+    lambdas: list[float] = opt(list, "also train a policy for each of these fixed λ; 0 is the DPO row")
     iterations: int = opt(5, "outer iterations: relabel, fit, sample, step")
     dpo_steps: int = opt(100, "DPO steps of an outer iteration")
     dual_prompts: int = opt(1000, "prompts on which the closed-form dual samples the reference")
@@ -113,7 +111,7 @@ class Config:
     eval_prompts: int = opt(2000, "prompts of the final table, a fifth of the dataset's at most")
     eval_samples: int = opt(5, "responses per prompt there")
     sample_batch: int = opt(128, "responses sampled at once")
-    compare: list[str] = opt([], "further checkpoints to evaluate as rows of the same table")
+    compare: list[str] = opt(list, "further checkpoints to evaluate as rows of the same table")
 
 # Settings that extend a run instead of contradicting it, or that do not touch its numbers.
 EXTENDING = ("iterations compare lambdas eval_prompts eval_samples overwrite output_dir save_minutes "
@@ -137,27 +135,21 @@ def refusing(what, advice):
     except Exception as error:
         refuse(f"{what}: {type(error).__name__}: {str(error)[:300]}; {advice}")
 
-def flags_of(path):
-    """The settings of a JSON file as flags, so that one parser checks the names and types of both."""
-    flags = []
-    with refusing(f"--config {path}", "it must be a readable JSON file that holds one object of settings"):
-        for key, value in json.loads(Path(path).read_text(encoding="utf-8")).items():
-            if isinstance(value, list):
-                flags += [f"--{key}", *map(str, value)] if value else []
-            elif value is not None:
-                flags.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
-    return flags
-
 def parse(argv):
     """Command line → Config. Flags win over --config; every value is checked before anything is loaded."""
-    parser = transformers.HfArgumentParser(Config, prog="cdpo.py", description=__doc__.split("\n")[0],
-                                           allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", help="JSON file of settings; flags on the command line win over it")
-    parser.error = lambda message: refuse(f"{message}; --help lists the flags")
-    given = parser.parse_args(argv)
-    if path := given.config:
-        parser.error = lambda message: refuse(f"{message} (in {path}); --help lists the flags")
-        given = parser.parse_args(argv, parser.parse_args(flags_of(path)))
+    given = SimpleNamespace(config="the command line")
+    parser.error = lambda message: refuse(f"{message} (in {given.config}); --help lists the flags")
+    given, flags = parser.parse_args(argv), []
+    if given.config:  # its settings become flags, so that one parser checks the names and types of both
+        with refusing(f"--config {given.config}", "it must be a readable JSON file: one object of settings"):
+            for key, value in json.loads(Path(given.config).read_text(encoding="utf-8")).items():
+                if isinstance(value, list):
+                    flags += [f"--{key}", *map(str, value)] if value else []
+                elif value is not None:
+                    flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+        given = parser.parse_args(argv, parser.parse_args(flags))
     del given.config
     cfg = Config(**vars(given))
     for name, value in vars(cfg).items():
@@ -177,7 +169,7 @@ def parse(argv):
         "--lambda_step newton needs --lambda_samples of 2 or more": newton and cfg.lambda_samples < 2,
         "--lambdas names a value twice": len(set(cfg.lambdas)) < len(cfg.lambdas),
         "--max_new_tokens leaves no room for a prompt in --max_length": cfg.max_new_tokens >= cfg.max_length,
-        f"--lambda_init excludes --method {cfg.method}; leave it out": closed_form and cfg.lambda_init is not None,
+        "--lambda_init excludes --method mocan and pecan": closed_form and cfg.lambda_init is not None,
         "--cpu_offload needs a GPU; leave it out": cfg.cpu_offload and not GPU,
     }.items():
         if wrong:
@@ -259,9 +251,9 @@ def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0):
     if expected_cost(0.0) <= cost_limit:
         return 0.0
     if (last := expected_cost(lam_max)) > cost_limit:
-        raise ValueError(f"solve_dual: no lambda up to {lam_max:g} meets the limit {cost_limit:.6g}: the lowest "
-                         f"cost that the samples can reach is {cost.min(dim=1).values.mean():.6g}, the cost at "
-                         f"lambda {lam_max:g} is {last:.6g}")
+        lowest = cost.amin(dim=1).mean()
+        raise ValueError(f"solve_dual: no lambda up to {lam_max:g} meets the limit {cost_limit:.6g}: cost "
+                         f"{last:.6g} there, the lowest cost that the samples can reach is {lowest:.6g}")
     low, high = 0.0, float(lam_max)
     for _ in range(80):
         middle = (low + high) / 2
@@ -307,9 +299,6 @@ class Pair:
     better: int = 0  # which response is more helpful
     safer: int = 0  # which one is less harmful
     signs: tuple = (0, 0)  # +1 unsafe, −1 safe
-
-UNLABELLED = {"response_0": "", "response_1": "", "better_response_id": 0, "safer_response_id": 0,
-              "is_response_0_safe": 0.5, "is_response_1_safe": 0.5}  # for columns that a run does not need
 
 def seeded(*key):
     """A random generator that depends on its key alone: there is no generator state to keep or restore."""
@@ -380,8 +369,7 @@ def read_rows(source, flag, seed):
 def load_pairs(source, flag, need, cfg, tokenizer):
     """Rows of a dataset as tokenized Pairs; `need` names the columns that this run uses beside the prompt.
     A wrong type or value is refused with its place; a row that cannot be used is counted by reason."""
-    with refusing(f"--{flag} {source}: cannot be read",
-                  "give a hub name, a .jsonl, .json or .parquet file, or a folder saved by datasets"):
+    with refusing(f"--{flag} {source}: cannot be read", "give a hub name, a file or a folder of datasets"):
         rows = read_rows(source, flag, cfg.seed)
         if not rows:
             raise ValueError("it is empty")
@@ -389,15 +377,15 @@ def load_pairs(source, flag, need, cfg, tokenizer):
     for where, row in rows:
         for name in columns:
             if not isinstance(row, dict) or name not in row:
-                needed = ", ".join(columns)
-                refuse(f"--{flag} {source}, {where}: column {name} is missing; this run needs {needed}")
+                refuse(f"--{flag} {source}, {where}: column {name} is missing; needed: {', '.join(columns)}")
             rule = "true or false" if name.startswith("is_") else "0 or 1" if name.endswith("_id") else "text"
             if not (isinstance(row[name], str) if rule == "text" else row[name] in (0, 1)):
                 refuse(f"--{flag} {source}, {where}: {name} is {row[name]!r:.60}; it must be {rule}")
-        row = UNLABELLED | {name: row[name] for name in columns}
-        signs = tuple(1 - 2 * row[f"is_response_{i}_safe"] for i in (0, 1))
-        pairs.append(Pair(row["prompt"].strip(), (row["response_0"], row["response_1"]), signs=signs,
-                          better=int(row["better_response_id"]), safer=int(row["safer_response_id"])))
+        known = {name: row[name] for name in need}.get
+        responses = known("response_0", ""), known("response_1", "")
+        better, safer = int(known("better_response_id", 0)), int(known("safer_response_id", 0))
+        signs = tuple(1 - 2 * known(f"is_response_{i}_safe", 0.5) for i in (0, 1))  # 0 where unknown
+        pairs.append(Pair(row["prompt"].strip(), responses, better=better, safer=safer, signs=signs))
     tokens, counts = with_ids(pairs, tokenizer, cfg.template, cfg.max_length)
     for pair, ids in zip(pairs, tokens):
         pair.ids = ids
@@ -406,30 +394,26 @@ def load_pairs(source, flag, need, cfg, tokenizer):
                   "'safer' response unsafe beside a safe one" if pair.signs[pair.safer] > min(pair.signs) else
                   "prompt that fills --max_length" if not (ids[1] and ids[2]) else
                   "identical responses" if ids[1] == ids[2] else None)
-        if reason:
-            counts[reason] += 1
-        else:
-            used.append(pair)
+        counts[reason or "used"] += 1
+        used += [] if reason else [pair]
     notes = ", ".join(f"{count} {what}" for what, count in counts.items())
-    if counts:
-        say(f"{source}: {len(used)} of {len(pairs)} rows used; {notes}")
+    say(f"{source}: {len(pairs)} rows: {notes}")
     if len(used) * 2 < len(pairs):
-        refuse(f"--{flag} {source}: only {len(used)} of {len(pairs)} rows can be used ({notes}); mend the data "
+        refuse(f"--{flag} {source}: too few of {len(pairs)} rows can be used: {notes}; mend the data "
                "or, where prompts are too long, raise --max_length")
     return used
 
 def encode(tokenizer, template, texts, max_length):
-    """Tokens of (prompt, response, ended) → [(prompt_ids, response_ids)], how many were cut or misaligned.
-    Prompt and response are encoded joined, as they will be read, and cut where the prompt's own tokens end;
-    where those are no prefix of the whole, the response is encoded by itself. The end-of-sequence token
-    follows a response that ended by itself and is not cut to max_length."""
+    """(prompt, response, ended) of each text → [(prompt_ids, response_ids)], how many were cut or misaligned.
+    Prompt and response are encoded joined, as they will be read, and cut where the prompt's own tokens end.
+    The end-of-sequence token follows a response that ended by itself and is not cut to max_length."""
     bos = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
     prompts = [template.replace("{prompt}", prompt) for prompt, _, _ in texts]
     wholes = [prompt + response for prompt, (_, response, _) in zip(prompts, texts)]
     heads, wholes = (tokenizer(batch, add_special_tokens=False)["input_ids"] for batch in (prompts, wholes))
     encoded, counts = [], Counter()
     for (_, response, ended), head, whole in zip(texts, heads, wholes):
-        if whole[: len(head)] != head:
+        if whole[: len(head)] != head:  # the prompt's tokens are no prefix: encode the response by itself
             counts["responses whose tokens do not follow the prompt's"] += 1
             whole = head + tokenizer(response, add_special_tokens=False)["input_ids"]
         answer = whole[len(head):] + [tokenizer.eos_token_id] * ended
@@ -450,15 +434,13 @@ def split_by_prompt(pairs, eval_pairs, cfg):
     prompts = prompts_of(pairs)
     order = [prompts[i] for i in torch.randperm(len(prompts), generator=seeded("split", cfg.seed)).tolist()]
     fifth = len(prompts) // 5
-    held_out = prompts_of(eval_pairs) if eval_pairs else order[:fifth]
-    table, away = set(held_out[: cfg.eval_prompts]), set(held_out)
-    order = [prompt for prompt in order if prompt not in away]
-    steering = set(order[: min(cfg.lambda_prompts, fifth)])
-    train = [pair for pair in pairs if pair.prompt not in away and pair.prompt not in steering]
+    held_out = dict.fromkeys(prompts_of(eval_pairs) if eval_pairs else order[:fifth])
+    rest, few = [prompt for prompt in order if prompt not in held_out], min(cfg.lambda_prompts, fifth)
+    table, steering, train = map(set, (list(held_out)[: cfg.eval_prompts], rest[:few], rest[few:]))
     if len(table) < 2 or len(steering) < 2 or not train:
         refuse(f"--dataset {cfg.dataset}: its {len(prompts)} prompts are too few to split; give 10 or more")
-    held_out = [pair for pair in eval_pairs or pairs if pair.prompt in table]
-    return held_out, [pair for pair in pairs if pair.prompt in steering], train
+    parts = (eval_pairs or pairs, table), (pairs, steering), (pairs, train)
+    return [[pair for pair in source if pair.prompt in part] for source, part in parts]
 
 # ---- Rows and batches: a row holds a prompt with both responses, so that no prompt token is run twice ------
 def collate_pairs(pairs, pad_id=0):
@@ -474,14 +456,14 @@ def collate_pairs(pairs, pad_id=0):
     ends = lengths.cumsum(dim=1)  # of prompt, y0 and y1 in their row
     column, row = torch.arange(int(ends.max())), torch.arange(len(pairs))[:, None]
     index = row * len(column) + column  # (B, L), of each token among the B·L
-    segment = (column >= ends[:, :, None]).sum(dim=1)  # 0 prompt, 1 and 2 responses, 3 padding: by length, no id
+    segment = (column >= ends[:, :, None]).sum(dim=1)  # 0 prompt, 1, 2 responses, 3 padding: by length
     answer = (segment == 1) | (segment == 2)
     input_ids = torch.full_like(index, pad_id)
     input_ids[segment < 3] = torch.tensor([token for parts in pairs for part in parts for token in part])
     position_ids = (column - lengths[:, 1:2] * (segment == 2)) * (segment < 3)
     seen = (segment[:, :, None] == segment[:, None, :]) | (segment == 0)[:, None, :]
     prompt_end = index[:, :1] + ends[:, :1] - 1
-    source = torch.where(position_ids == ends[:, :1], prompt_end, index - 1)  # both responses follow the prompt
+    source = torch.where(position_ids == ends[:, :1], prompt_end, index - 1)  # y1 follows it, too
     last = torch.where(lengths[:, 1:] > 0, index[:, :1] + ends[:, 1:] - 1, prompt_end)
     return {"input_ids": input_ids, "position_ids": position_ids,
             "attention_mask": ((column[:, None] >= column) & seen)[:, None],
@@ -517,9 +499,8 @@ def pair_scores(model, batch):
     return model.score(hidden_at(model, batch, "last")).view(-1, 2)
 
 def cut(ids, budget, ranks=1):
-    """Numbers of the rows `ids` in groups of similar length with equally many tokens, about `budget` at most.
-    The number of groups is a multiple of `ranks`; some may be empty. The longest come first, so that a group
-    too large for the memory shows at once."""
+    """Numbers of the rows `ids` in groups of similar length, about `budget` tokens at most, the longest first,
+    so that one too large for the memory shows at once. A multiple of `ranks` groups; some may be empty."""
     lengths, before = [sum(map(len, parts)) for parts in ids], 0
     groups = [[] for _ in range(ranks * math.ceil(sum(lengths) / (budget * ranks)))]
     for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
@@ -554,8 +535,8 @@ class ScoreModel(transformers.PreTrainedModel):
     def from_pretrained(cls, path, **kwargs):
         """Load a score checkpoint. ValueError when it has no score head, or lacks another tensor."""
         config = without_dropout(AutoConfig.from_pretrained(path, attn_implementation="sdpa"))
-        kwargs = {"dtype": "auto", **kwargs, "config": config, "output_loading_info": True}
-        model, info = super().from_pretrained(path, **kwargs)
+        kwargs = {"dtype": "auto", **kwargs, "config": config}
+        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
         stored = model.state_dict(keep_vars=True)
         values = {"score_head.bias": 0.0, "normalizer.mean": 0.0, "normalizer.var": 1.0}
         if getattr(config, "do_normalize", False):  # mean and var stand in tensors or in the config
@@ -571,8 +552,7 @@ class ScoreModel(transformers.PreTrainedModel):
         head, config = self.score_head, self.config
         score = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
         if getattr(config, "do_normalize", False):
-            is_cost = getattr(config, "score_type", "reward") == "cost"
-            mean = 0.0 if is_cost else self.normalizer.mean.float()
+            mean = 0.0 if getattr(config, "score_type", "") == "cost" else self.normalizer.mean.float()
             score = (score - mean) / self.normalizer.var.float().sqrt()
         return score
 
@@ -592,9 +572,8 @@ class Root(nn.Module):
 
 def without_dropout(config):
     """Dropout off everywhere: the policy in the loss and the policy that is sampled must be one."""
-    for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    settings = config.to_dict().items()
+    config.update({name: 0.0 for name, value in settings if "drop" in name and isinstance(value, float)})
     return config
 
 def attempt(load, source, flag, **kwargs):
@@ -609,43 +588,42 @@ def load_tokenizer(cfg):
     if not source.startswith("{"):
         tokenizer = attempt(AutoTokenizer.from_pretrained, source, flag)
     elif cfg.dataset.startswith("tiny"):
-        words = "</s> <unk> BEGINNING OF CONVERSATION : USER ASSISTANT".split()
-        words = {word: i for i, word in enumerate([*words, *TINY_WORDS, *TINY_VERBS, *TINY_NOUNS])}
-        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+        words = "</s> <unk> BEGINNING OF CONVERSATION : USER ASSISTANT".split() + [*TINY_WORDS, *TINY_TABLE]
+        model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+        words = tokenizers.Tokenizer(model)
         words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
-                                                         unk_token="<unk>")
+        special = {"eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
     else:
         tokenizer = transformers.ByT5Tokenizer()
     if tokenizer.eos_token_id is None:
         refuse(f"the tokenizer of {source} has no end-of-sequence token; name another with --tokenizer")
     bos = "{{ bos_token }}" * (tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id])
     tokenizer.chat_template = bos + (
-        "{% for message in messages %}{{ message['content'] + eos_token if message['role'] == 'assistant' else "
-        f"{cfg.template!r}.replace('{{prompt}}', message['content']) }}}}" "{% endfor %}")
+        "{% for turn in messages %}{{ turn['content'] + eos_token if turn['role'] == 'assistant' else "
+        f"{cfg.template!r}.replace('{{prompt}}', turn['content']) }}}}" "{% endfor %}")
     return tokenizer
 
 def load_config(source, flag="model", vocabulary=None):
     """The config of a folder, a hub name or a JSON dictionary, without dropout."""
-    def build(text):
-        return AutoConfig.for_model(**{"vocab_size": vocabulary, **json.loads(text)})
+    def build(text, **kwargs):
+        return AutoConfig.for_model(**{"vocab_size": vocabulary, **json.loads(text), **kwargs})
     load = build if str(source).startswith("{") else AutoConfig.from_pretrained
-    return without_dropout(attempt(load, source, flag))
+    return without_dropout(attempt(load, source, flag, attn_implementation="sdpa"))
 
 def load_model(source, cfg, flag="model", vocabulary=None):
     """A causal LM or, for flag reward_model and cost_model, a ScoreModel: on CPU, in its own dtype."""
     if flag in ("reward_model", "cost_model"):
         return attempt(ScoreModel.from_pretrained, source, flag)
-    kwargs = {"config": load_config(source, flag, vocabulary), "attn_implementation": "sdpa"}
-    torch.manual_seed(cfg.seed)  # for a model built from a dictionary
+    config = load_config(source, flag, vocabulary)
     if str(source).startswith("{"):
-        model = AutoModelForCausalLM.from_config(**kwargs)
+        torch.manual_seed(cfg.seed)
+        model = AutoModelForCausalLM.from_config(config)
     else:
-        model = attempt(AutoModelForCausalLM.from_pretrained, source, flag, dtype="auto", **kwargs)
+        model = attempt(AutoModelForCausalLM.from_pretrained, source, flag, dtype="auto", config=config)
     # generate() takes what it is not told from here: a checkpoint's top_k or repetition penalty must not leak
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    tokens = {name: getattr(model.config, name, None) for name in names}
-    model.generation_config = transformers.GenerationConfig(**tokens)
+    model.generation_config = transformers.GenerationConfig(**{k: getattr(config, k, None) for k in names})
     return model
 
 def inference_model(source, cfg, flag="model"):
@@ -656,9 +634,8 @@ def inference_model(source, cfg, flag="model"):
     return model.to(DEVICE)
 
 def training_model(model, function, cfg, learning_rate):
-    """A Root of the model with float32 master weights and its AdamW → (root, optimizer).
-    A laptop in float32 trains the plain model. Everything else, one GPU included, goes through FSDP2: its
-    mixed precision keeps compute and residual stream in bfloat16, and one block's bfloat16 copy at a time."""
+    """A Root of the model with float32 master weights, and its AdamW. A laptop in float32 trains the plain model;
+    all else goes through FSDP2: its mixed precision keeps compute and residual stream in bfloat16."""
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     root = Root(model.train().requires_grad_(True), function)
