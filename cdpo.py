@@ -499,7 +499,7 @@ def pair_scores(model, batch):
     return model.score(hidden_at(model, batch, "last")).view(-1, 2)
 
 def cut(ids, budget, ranks=1):
-    """Numbers of the rows `ids` in groups of similar length, about `budget` tokens at most, the longest first,
+    """Numbers of the rows `ids` in groups of similar length, about `budget` tokens at most; longest first,
     so that one too large for the memory shows at once. A multiple of `ranks` groups; some may be empty."""
     lengths, before = [sum(map(len, parts)) for parts in ids], 0
     groups = [[] for _ in range(ranks * math.ceil(sum(lengths) / (budget * ranks)))]
@@ -592,8 +592,8 @@ def load_tokenizer(cfg):
         model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
         words = tokenizers.Tokenizer(model)
         words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        special = {"eos_token": "</s>", "unk_token": "<unk>"}
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
+                                                         unk_token="<unk>")
     else:
         tokenizer = transformers.ByT5Tokenizer()
     if tokenizer.eos_token_id is None:
@@ -634,8 +634,8 @@ def inference_model(source, cfg, flag="model"):
     return model.to(DEVICE)
 
 def training_model(model, function, cfg, learning_rate):
-    """A Root of the model with float32 master weights, and its AdamW. A laptop in float32 trains the plain model;
-    all else goes through FSDP2: its mixed precision keeps compute and residual stream in bfloat16."""
+    """A Root of the model with float32 master weights, and its AdamW → (root, optimizer). A laptop in
+    float32 trains the plain model; all else goes through FSDP2, which computes in bfloat16, residual stream too."""
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     root = Root(model.train().requires_grad_(True), function)
