@@ -635,7 +635,7 @@ def inference_model(source, cfg, flag="model"):
 
 def training_model(model, function, cfg, learning_rate):
     """A Root of the model with float32 master weights, and its AdamW → (root, optimizer). A laptop in
-    float32 trains the plain model; all else goes through FSDP2, which computes in bfloat16, residual stream too."""
+    float32 trains the plain model; all else goes through FSDP2, in bfloat16 from the residual stream on."""
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     root = Root(model.train().requires_grad_(True), function)
