@@ -470,33 +470,30 @@ def collate_pairs(pairs, pad_id=0):
             "source": source[answer], "target": input_ids[answer],
             "owner": (2 * row + segment - 1)[answer], "last": last.flatten()}
 
-def hidden_at(model, batch, where):
-    """Last hidden states at the tokens batch[where] of a batch of rows, (n, width)."""
-    device = next(model.parameters()).device
-    rows = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids")}
-    hidden = model.base_model(**rows, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[batch[where].to(device)]
-
 def sequence_logps(model, batch):
     """log π(y | x) of both responses of each pair: sums over tokens, nats, (B, 2) float32, differentiable.
     model is a causal LM of transformers. Only hidden states that predict response tokens meet the vocabulary,
     in chunks, so that no (tokens × vocabulary) float32 tensor is ever whole; the log-softmax is float32."""
-    hidden = hidden_at(model, batch, "source")  # (N, width)
-    target, owner = (batch[name].to(hidden.device) for name in ("target", "owner"))
+    batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
+    rows = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    hidden = model.base_model(**rows, use_cache=False).last_hidden_state.flatten(0, 1)[batch["source"]]
     head = model.get_output_embeddings()
     def token_logps(hidden, target):
         return -torch.nn.functional.cross_entropy(head(hidden).float(), target, reduction="none")
-    parts = list(zip(*(x.split(max(1, 2**27 // model.config.vocab_size)) for x in (hidden, target))))
+    size = max(1, 2**27 // model.config.vocab_size)
+    parts = list(zip(hidden.split(size), batch["target"].split(size)))
     if len(parts) > 1 and torch.is_grad_enabled():  # backward computes a chunk's logits again, one at a time
         logps = [torch.utils.checkpoint.checkpoint(token_logps, *part, use_reentrant=False) for part in parts]
     else:
         logps = [token_logps(*part) for part in parts]
     sums = torch.zeros(len(batch["last"]), device=hidden.device)
-    return sums.index_add(0, owner, torch.cat(logps)).view(-1, 2)
+    return sums.index_add(0, batch["owner"], torch.cat(logps)).view(-1, 2)
 
 def pair_scores(model, batch):
-    """Scores of both responses of each pair, read at their last tokens, (B, 2) float32."""
-    return model.score(hidden_at(model, batch, "last")).view(-1, 2)
+    """Scores of both responses of each pair by a ScoreModel, read at their last tokens, (B, 2) float32."""
+    batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
+    rows = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    return model.score(model.model(**rows).last_hidden_state.flatten(0, 1)[batch["last"]]).view(-1, 2)
 
 def cut(ids, budget, ranks=1):
     """Numbers of the rows `ids` in groups of similar length, about `budget` tokens at most; longest first,
@@ -561,15 +558,6 @@ class ScoreModel(transformers.PreTrainedModel):
         hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return self.score(hidden[range(len(hidden)), attention_mask.sum(dim=1) - 1])
 
-class Root(nn.Module):
-    """A model whose forward is `function(model, batch)`: FSDP2 has parameters whole only inside a forward."""
-    def __init__(self, model, function):
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, batch):
-        return self.function(self.model, batch).clone()  # FSDP2 wants no view
-
 def without_dropout(config):
     """Dropout off everywhere: the policy in the loss and the policy that is sampled must be one."""
     settings = config.to_dict().items()
@@ -604,18 +592,18 @@ def load_tokenizer(cfg):
         f"{cfg.template!r}.replace('{{prompt}}', turn['content']) }}}}" "{% endfor %}")
     return tokenizer
 
-def load_config(source, flag="model", vocabulary=None):
+def load_config(source, flag="model"):
     """The config of a folder, a hub name or a JSON dictionary, without dropout."""
     def build(text, **kwargs):
-        return AutoConfig.for_model(**{"vocab_size": vocabulary, **json.loads(text), **kwargs})
+        return AutoConfig.for_model(**json.loads(text), **kwargs)
     load = build if str(source).startswith("{") else AutoConfig.from_pretrained
     return without_dropout(attempt(load, source, flag, attn_implementation="sdpa"))
 
-def load_model(source, cfg, flag="model", vocabulary=None):
+def load_model(source, cfg, flag="model"):
     """A causal LM or, for flag reward_model and cost_model, a ScoreModel: on CPU, in its own dtype."""
     if flag in ("reward_model", "cost_model"):
         return attempt(ScoreModel.from_pretrained, source, flag)
-    config = load_config(source, flag, vocabulary)
+    config = load_config(source, flag)
     if str(source).startswith("{"):
         torch.manual_seed(cfg.seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -634,21 +622,23 @@ def inference_model(source, cfg, flag="model"):
     return model.to(DEVICE)
 
 def training_model(model, function, cfg, learning_rate):
-    """A Root of the model with float32 master weights, and its AdamW → (root, optimizer). A laptop in
-    float32 trains the plain model; all else goes through FSDP2, in bfloat16 from the residual stream on."""
+    """The model with `function(model, batch)` as its forward and float32 master weights, and its AdamW. A
+    laptop in float32 trains the plain model; all else goes through FSDP2, in bfloat16 from the first layer."""
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    root = Root(model.train().requires_grad_(True), function)
+    model.train().requires_grad_(True)
+    # FSDP2 has parameters whole only inside a forward, and wants no view from it
+    model.forward = lambda batch: function(model, batch).clone()
     if dist.is_initialized():
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
         offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
         blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-        for unit in [*blocks, root]:  # in turn, so that one float32 block at most is whole on the GPU
+        for unit in [*blocks, model]:  # in turn, so that one float32 block at most is whole on the GPU
             fully_shard(unit.float(), mp_policy=precision, offload_policy=offload)
     else:
-        root.float().to(DEVICE)
-    return root, torch.optim.AdamW(root.parameters(), learning_rate, (0.9, 0.95), weight_decay=0, fused=True)
+        model.float().to(DEVICE)
+    return model, torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.95), 1e-8, 0.0, fused=True)
 
 # ---- Processes and files -----------------------------------------------------------------------------------
 BAR = {"leave": False, "disable": RANK > 0 or None}  # progress on the terminal of process 0
@@ -726,20 +716,20 @@ def local(tensor):
     """This process's part of a parameter or of its optimizer state."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-def save_training(job, name, root, optimizer, state):
+def save_training(job, name, model, optimizer, state):
     """Keep weights, optimizer and bookkeeping, in place of the last; every process writes its own shards."""
     if job.cfg.no_checkpoint:
         return
     state["saved"] = state.get("saved", 0) + 1
     older = list((job.out / "training").glob(f"{name}-*"))
     shards = [{slot: local(value.detach()) for slot, value in {"weight": p, **optimizer.state[p]}.items()}
-              for p in root.parameters()]
+              for p in model.parameters()]
     with atomic(job.out / "training" / f"{name}-{state['saved']:06d}") as folder:
         folder.mkdir(exist_ok=True)
         torch.save({"state": state, "shards": shards}, folder / f"rank-{RANK}.pt")
     remove(*older)
 
-def restore_training(job, name, root, optimizer, **fresh):
+def restore_training(job, name, model, optimizer, **fresh):
     """Put back the newest training state → its bookkeeping, or `fresh` where there is none."""
     folders = sorted(f for f in (job.out / "training").glob(f"{name}-*") if f.suffix != ".tmp")
     if not folders:
@@ -748,7 +738,7 @@ def restore_training(job, name, root, optimizer, **fresh):
         refuse(f"{folders[-1]}: written by another number of processes; start as many, or use --overwrite")
     with torch.no_grad(), refusing(f"{folders[-1]}: cannot be read", "delete it to begin the stage again"):
         kept = torch.load(folders[-1] / f"rank-{RANK}.pt", "cpu", weights_only=True, mmap=True)
-        for p, slots in zip(root.parameters(), kept["shards"], strict=True):
+        for p, slots in zip(model.parameters(), kept["shards"], strict=True):
             local(p).copy_(slots.pop("weight"))
             for slot, value in slots.items():
                 optimizer.state[p][slot] = torch.zeros_like(p) if value.dim() else value.to(p.device)
@@ -757,9 +747,9 @@ def restore_training(job, name, root, optimizer, **fresh):
     say(f"{name}: going on from step {state['step']} of iteration {state.get('iteration', 0)}")
     return state
 
-def export(root, tokenizer, path, cfg, **settings):
+def export(model, tokenizer, path, cfg, **settings):
     """Write a trained model as a Hugging Face folder in the dtype of compute, however it is sharded."""
-    model, state = root.model, {}
+    state = {}
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied weight once
     for name, value in model.state_dict().items():
         if name in names:
@@ -799,7 +789,7 @@ def throughput(title, model, ids, seconds, training):
     say(f"{title}, " + (text + ", MFU {mfu:.0%}" * ("mfu" in numbers)).format(**numbers))
     return numbers
 
-def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, state, decay=False):
+def train(job, name, model, optimizer, pairs, order, learning_rate, loss_fn, state, decay=False):
     """The one training loop: `order` has each step's rows, `loss_fn(outputs, rows)` → (mean loss, accuracy).
     Micro-batches of similar length are weighed by their pairs: the gradient is the step's mean whatever the
     cut and the number of processes. → throughput(); `state` gets step and sums."""
@@ -811,18 +801,18 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
             group["lr"] = learning_rate * warm * (1 - step / len(order) if decay else 1)
         for group in cut([pairs[i].ids for i in rows], cfg.tokens_per_batch, WORLD)[RANK::WORLD]:
             index = torch.tensor([rows[i] for i in group or [0]])  # weight 0 where only other ranks have work
-            outputs = root(collate_pairs([pairs[i].ids for i in index], job.pad_id))
+            outputs = model(collate_pairs([pairs[i].ids for i in index], job.pad_id))
             loss, accuracy = loss_fn(outputs, index)
             (loss * WORLD * len(group) / len(rows)).backward()  # FSDP2 averages over the ranks
             losses.append((loss.detach(), index.tolist()))
             sums += torch.stack([loss.detach(), accuracy]) * len(group) / len(rows)
-        norm = nn.utils.clip_grad_norm_(root.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
             bad = sum(gather([i for loss, index in losses if not torch.isfinite(loss) for i in index]), [])
             bad = sorted(bad or rows)
-            refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the first "
-                   f"{pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend them; the last checkpoint "
-                   "stays", code=1)
+            refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the "
+                   f"first {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend them; the last "
+                   "checkpoint stays", code=1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss, accuracy = torch.tensor(gather(sums.tolist())).sum(dim=0).tolist()
@@ -831,11 +821,11 @@ def train(job, name, root, optimizer, pairs, order, learning_rate, loss_fn, stat
                      accuracy_sum=state["accuracy_sum"] + accuracy)
         seconds += time.perf_counter() - started
         if step + 1 < len(order) and gather(time.monotonic() - saved > 60 * cfg.save_minutes)[0]:
-            save_training(job, name, root, optimizer, state)
+            save_training(job, name, model, optimizer, state)
             saved = time.monotonic()
     done = [pairs[i].ids for rows in order[resumed:] for i in rows]
     title = f"{name}: {len(order)} steps, mean loss {state['loss_sum'] / len(order):.4f}"
-    return throughput(title, root.model, done, max(seconds, 1e-9), training=True)
+    return throughput(title, model, done, max(seconds, 1e-9), training=True)
 
 def train_stage(job, name, loss_fn):
     """Train a model on the job's pairs into the folder `name`, unless it is there → the folder. SFT and score
@@ -855,10 +845,10 @@ def train_stage(job, name, loss_fn):
     rate = cfg.learning_rate if dpo else cfg.sft_learning_rate
     steps = cfg.iterations * cfg.dpo_steps if dpo else cfg.epochs * math.ceil(len(job.train) / cfg.batch_size)
     rows = draw(len(job.train), 0, min(steps, cfg.max_steps or steps) * cfg.batch_size, cfg.seed, name)
-    root, optimizer = training_model(model, pair_scores if scores else sequence_logps, cfg, rate)
-    state = restore_training(job, name, root, optimizer)
-    train(job, name, root, optimizer, job.train, chunks(rows, cfg.batch_size), rate, loss_fn, state, not dpo)
-    export(root, job.tokenizer, path, cfg, **({"score_type": name.removesuffix("_model")} if scores else {}))
+    model, optimizer = training_model(model, pair_scores if scores else sequence_logps, cfg, rate)
+    state = restore_training(job, name, model, optimizer)
+    train(job, name, model, optimizer, job.train, chunks(rows, cfg.batch_size), rate, loss_fn, state, not dpo)
+    export(model, job.tokenizer, path, cfg, **({"score_type": name.removesuffix("_model")} if scores else {}))
     remove(*(job.out / "training").glob(f"{name}-*"))
     return path
 
@@ -1153,7 +1143,7 @@ def run(job):
     rows, job.prediction, job.cost_limit = [("SFT", job.reference, None)], None, cfg.cost_limit
     names = {"cdpo": "C-DPO", "mocan": "MoCAN", "pecan": "PeCAN", "dpo": "DPO"}
     if cfg.method == "sft":
-        export(Root(load_model(job.reference, cfg), sequence_logps), job.tokenizer, job.out / "policy", cfg)
+        export(load_model(job.reference, cfg), job.tokenizer, job.out / "policy", cfg)
     else:
         def compute():
             ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref of the pairs")

@@ -640,11 +640,11 @@ def test_the_first_dpo_loss_is_ln_2(tiny):
 def test_the_training_model_starts_as_the_reference(tiny):
     """First KL 0: log π in training and the cached log π_ref come out of one code path and precision."""
     cfg = cdpo.Config(**json.loads((tiny / "config.json").read_text()))
-    root, _ = cdpo.training_model(cdpo.load_model(tiny / "sft", cfg), cdpo.sequence_logps, cfg, 1e-3)
+    model, _ = cdpo.training_model(cdpo.load_model(tiny / "sft", cfg), cdpo.sequence_logps, cfg, 1e-3)
     pairs = [cdpo.Pair("mix oil", ("read wait cut", "ask ask force")), cdpo.Pair("sell car", ("cut push", "burn"))]
     ids, _ = cdpo.with_ids(pairs, transformers.AutoTokenizer.from_pretrained(tiny / "sft"), cfg.template, 32)
     ref_logps = cdpo.infer(SimpleNamespace(cfg=cfg, pad_id=0), tiny / "sft", ids, "log π_ref")
-    assert (root(cdpo.collate_pairs(ids)) - ref_logps).abs().max() < 1e-4
+    assert (model(cdpo.collate_pairs(ids)) - ref_logps).abs().max() < 1e-4
 
 
 def test_the_policy_is_an_ordinary_folder_that_answers_with_its_own_chat_template(tiny):
