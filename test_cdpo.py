@@ -23,6 +23,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import cdpo
@@ -878,12 +880,24 @@ def test_bfloat16_reaches_the_same_conclusion(quick, tmp_path):
     assert config["dtype"] == "bfloat16" and all(v.dtype == torch.bfloat16 for v in tensors_of(tmp_path / "o").values())
 
 
-def test_llama_2_7b_has_the_parameters_and_optimizer_bytes_of_the_readme_s_table():
+def test_llama_2_7b_is_sharded_into_33_units_and_16_bytes_per_parameter_divided_by_the_gpus():
+    """The README's memory table, on a 7B without weights and eight ranks that do not exist."""
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig())
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(), attn_implementation="sdpa")
     assert model.num_parameters() == 6_738_415_616
-    assert len(max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)) == 32
-    assert round(16 * model.num_parameters() / 1e9) == 108
+    torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        cfg = cdpo.Config(dtype="bfloat16", gradient_checkpointing=True)
+        model, optimizer = cdpo.training_model(model, cdpo.sequence_logps, cfg, 1e-6)
+        assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 33  # each block, and the root
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.param_groups[0]["fused"] = False  # there is no fused step without a device
+        optimizer.step()
+        held = [tensor for p in model.parameters() for tensor in (p, p.grad, *optimizer.state[p].values()) if tensor.dim()]
+        assert sum(cdpo.local(tensor).nbytes for tensor in held) == 16 * 6_738_415_616 / 8  # 13.5 GB on each
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------
