@@ -856,17 +856,21 @@ def test_more_iterations_extend_a_finished_run_and_other_settings_are_refused(qu
 # --- Many processes, other precisions ---------------------------------------------------------------------------
 
 
-def test_two_processes_give_the_single_process_s_numbers(quick, tmp_path):
-    process = start(*QUICK, "--output_dir", str(tmp_path / "o"), processes=2)
-    output, errors = process.communicate()
+@pytest.mark.parametrize("flags", [[], ["--batch_size", "3", "--tokens_per_batch", "12"]], ids=["even", "odd"])
+def test_two_processes_give_the_single_process_s_numbers(flags, tmp_path):
+    """Odd: three pairs a step in four micro-batches, so that one process has more pairs than the other."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    process = start(*QUICK, *flags, "--output_dir", str(two), processes=2)
+    cdpo.main([*QUICK, *flags, "--output_dir", str(one)])
+    _, errors = process.communicate()
     assert process.returncode == 0, errors[-2000:]
-    one, two = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (quick, tmp_path / "o"))
-    assert two[0]["dpo_loss"] == pytest.approx(one[0]["dpo_loss"], abs=1e-4)  # up to the first sampling
-    scores = [torch.load(folder / "scores.pt")["scores"] for folder in (quick, tmp_path / "o")]
+    scores = [torch.load(folder / "scores.pt")["scores"] for folder in (one, two)]
     assert torch.allclose(*scores, atol=2e-3)
-    assert two[0]["cost_mean"] == pytest.approx(one[0]["cost_mean"], abs=0.02)
-    assert two[-1]["lambda"] == pytest.approx(one[-1]["lambda"], abs=0.1)
-    first, second = tensors_of(quick), tensors_of(tmp_path / "o")
+    first, second = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (one, two))
+    assert second[0]["dpo_loss"] == pytest.approx(first[0]["dpo_loss"], abs=1e-4)  # up to the first sampling
+    assert second[0]["cost_mean"] == pytest.approx(first[0]["cost_mean"], abs=0.02)
+    assert second[-1]["lambda"] == pytest.approx(first[-1]["lambda"], abs=0.1)
+    first, second = tensors_of(one), tensors_of(two)
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[key], second[key], atol=2e-2) for key in first)
 
