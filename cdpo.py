@@ -480,12 +480,11 @@ def sequence_logps(model, batch):
     head = model.get_output_embeddings()
     def token_logps(hidden, target):
         return -torch.nn.functional.cross_entropy(head(hidden).float(), target, reduction="none")
-    size = max(1, 2**27 // model.config.vocab_size)
-    parts = list(zip(hidden.split(size), batch["target"].split(size)))
-    if len(parts) > 1 and torch.is_grad_enabled():  # backward computes a chunk's logits again, one at a time
-        logps = [torch.utils.checkpoint.checkpoint(token_logps, *part, use_reentrant=False) for part in parts]
-    else:
-        logps = [token_logps(*part) for part in parts]
+    logps, size = [], max(1, 2**27 // model.config.vocab_size)
+    for part in zip(hidden.split(size), batch["target"].split(size)):  # backward computes its logits again
+        again = len(hidden) > size and torch.is_grad_enabled()
+        logps.append(torch.utils.checkpoint.checkpoint(token_logps, *part, use_reentrant=False) if again
+                     else token_logps(*part))
     sums = torch.zeros(len(batch["last"]), device=hidden.device)
     return sums.index_add(0, batch["owner"], torch.cat(logps)).view(-1, 2)
 
