@@ -692,139 +692,133 @@ def write(path, text):
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8") if RANK == 0 else None
 
-def fingerprint(*things):
-    """Hash of what a cached result came from; a folder stands for its files' names, sizes and times."""
-    parts = [sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in thing.iterdir())
-             if isinstance(thing, Path) and thing.is_dir() else str(thing) for thing in things]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-def cached(file, source, compute):
-    """A tensor: from a file whose fingerprint matches, or computed and written."""
+def cached(job, name, compute, *source):
+    """Scores from a file with the fingerprint of `source` and of the models, or computed, stacked and written."""
+    models = job.reference, job.reward_model, job.cost_model, job.helpful, job.safe
+    for path in (Path(model) for model in models if model):  # a folder stands for what its files show
+        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.glob("*"))
+        source += (files or str(path), job.cfg.template, job.cfg.beta, job.cfg.seed)
+    file, source = job.out / name, hashlib.sha256(repr(source).encode()).hexdigest()
     if file.exists():
         with refusing(f"{file}: cannot be read", "delete it"):
             kept = torch.load(file, weights_only=True)
             if kept["source"] == source:
                 return kept["scores"]
-        say(f"{file.name}: the data or the models have changed; computing it again")
-    scores = compute()
+        say(f"{name}: the data or the models have changed; computing it again")
+    scores = torch.stack([*compute()])
     with atomic(file) as temporary:
         torch.save({"source": source, "scores": scores}, temporary) if RANK == 0 else None
     return scores
 
-def local(tensor):
-    """This process's part of a parameter or of its optimizer state."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def begin(job, name, model, **state):
+    """Set up the training of a model, where its newest saved state left it. → namespace, for train()."""
+    dpo = name not in ("sft", "reward_model", "cost_model")
+    model, optimizer = training_model(model, pair_scores if isinstance(model, ScoreModel) else sequence_logps,
+                                      job.cfg, job.cfg.learning_rate if dpo else job.cfg.sft_learning_rate)
+    state = {"step": 0, "sums": torch.zeros(2).double(), "history": [], **state}
+    if folders := sorted((job.out / "training").glob(f"{name}-*[0-9]")):
+        if len(list(folders[-1].iterdir())) != WORLD:
+            refuse(f"{folders[-1]}: written by another number of processes; start as many or use --overwrite")
+        with refusing(f"{folders[-1]}: cannot be read", "delete it to begin the stage again"):
+            kept = torch.load(folders[-1] / f"rank-{RANK}.pt", "cpu", weights_only=True, mmap=True)
+            model.load_state_dict(kept["model"])
+            optimizer.load_state_dict(kept["optimizer"])
+        state = kept["state"]
+        say(f"{name}: going on from step {state['step']} of iteration {len(state['history'])}")
+    return SimpleNamespace(name=name, dpo=dpo, model=model, optimizer=optimizer, state=state)
 
-def save_training(job, name, model, optimizer, state):
-    """Keep weights, optimizer and bookkeeping, in place of the last; every process writes its own shards."""
+def save(job, stage):
+    """Keep weights, optimizer and state, in place of the last ones; every process writes its own shards."""
     if job.cfg.no_checkpoint:
         return
-    state["saved"] = state.get("saved", 0) + 1
-    older = list((job.out / "training").glob(f"{name}-*"))
-    shards = [{slot: local(value.detach()) for slot, value in {"weight": p, **optimizer.state[p]}.items()}
-              for p in model.parameters()]
-    with atomic(job.out / "training" / f"{name}-{state['saved']:06d}") as folder:
-        folder.mkdir(exist_ok=True)
-        torch.save({"state": state, "shards": shards}, folder / f"rank-{RANK}.pt")
+    name = f"{stage.name}-{len(stage.state['history']):06d}-{stage.state['step']:06d}"
+    older = list((job.out / "training").glob(f"{stage.name}-*"))
+    kept = {"model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(), "state": stage.state}
+    with atomic(job.out / "training" / name) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(kept, folder / f"rank-{RANK}.pt")
     remove(*older)
 
-def restore_training(job, name, model, optimizer, **fresh):
-    """Put back the newest training state → its bookkeeping, or `fresh` where there is none."""
-    folders = sorted(f for f in (job.out / "training").glob(f"{name}-*") if f.suffix != ".tmp")
-    if not folders:
-        return {"step": 0, "loss_sum": 0.0, "accuracy_sum": 0.0, **fresh}
-    if len(list(folders[-1].iterdir())) != WORLD:
-        refuse(f"{folders[-1]}: written by another number of processes; start as many, or use --overwrite")
-    with torch.no_grad(), refusing(f"{folders[-1]}: cannot be read", "delete it to begin the stage again"):
-        kept = torch.load(folders[-1] / f"rank-{RANK}.pt", "cpu", weights_only=True, mmap=True)
-        for p, slots in zip(model.parameters(), kept["shards"], strict=True):
-            local(p).copy_(slots.pop("weight"))
-            for slot, value in slots.items():
-                optimizer.state[p][slot] = torch.zeros_like(p) if value.dim() else value.to(p.device)
-                local(optimizer.state[p][slot]).copy_(value)
-    state = kept["state"]
-    say(f"{name}: going on from step {state['step']} of iteration {state.get('iteration', 0)}")
-    return state
-
-def export(model, tokenizer, path, cfg, **settings):
+def export(job, model, path, **settings):
     """Write a trained model as a Hugging Face folder in the dtype of compute, however it is sharded."""
-    state = {}
+    state, dtype = {}, job.cfg.dtype
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied weight once
     for name, value in model.state_dict().items():
         if name in names:
             value = value.full_tensor() if isinstance(value, DTensor) else value
-            state[name] = value.to(getattr(torch, cfg.dtype)).cpu().contiguous() if RANK == 0 else None
-    model.config.update({"prompt_template": cfg.template, **settings})
+            state[name] = value.to(getattr(torch, dtype)).cpu().contiguous() if RANK == 0 else None
+    model.config.update({"prompt_template": job.cfg.template, **settings})
     with atomic(path) as folder:
         if RANK == 0:
             model.save_pretrained(folder, state_dict=state)
-            tokenizer.save_pretrained(folder)
+            job.tokenizer.save_pretrained(folder)
             config = json.loads((folder / "config.json").read_text())  # it names the master weights' dtype
-            (folder / "config.json").write_text(json.dumps({**config, "dtype": cfg.dtype}, indent=2))
+            (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
 
 # ---- Training, scoring, sampling ---------------------------------------------------------------------------
 def throughput(title, model, ids, seconds, training):
-    """Say and return pairs/s, tokens/s, peak memory and, on a GPU, model FLOPs utilisation: 6 × parameters ×
-    real tokens (the output head's × response tokens; no input embeddings) + 12 × layers × width × attended
-    keys, a third of it for inference; no credit for padding or recomputation; the peak is that of a bfloat16
-    matrix product of size 8192 here."""
+    """Say and return pairs/s, tokens/s, peak memory and, on a GPU, MFU: 6 × parameters × real tokens (the head's
+    × response tokens; no embeddings) + 12 × layers × width × attended keys, a third of it for inference, by the
+    speed of a bfloat16 matrix product of size 8192 here; no credit for padding or recomputation."""
     lengths = [[len(part) for part in parts] for parts in ids]
     tokens, answers = (sum(sum(parts[k:]) for parts in lengths) for k in (0, 1))
     numbers = {"pairs_per_second": len(ids) / seconds, "tokens_per_second": tokens / seconds,
                "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
-    if torch.cuda.is_available():
-        numbers["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        head, config = model.get_output_embeddings(), model.config
-        head = sum(p.numel() for p in head.parameters()) if head is not None else 0
-        embeddings = sum(p.numel() for p in model.get_input_embeddings().parameters())
-        body = model.num_parameters() - embeddings - (0 if config.tie_word_embeddings else head)
+    text = "{pairs_per_second:,.1f} pairs/s, {tokens_per_second:,.0f} tokens/s, peak {peak_memory_gb:.2f} GB"
+    if GPU:
+        text, numbers["peak_memory_gb"] = text + ", MFU {mfu:.0%}", torch.cuda.max_memory_allocated() / 1e9
+        config, head = model.config, model.get_output_embeddings()
+        head = 0 if head is None else head.weight.numel()
+        body = model.num_parameters(exclude_embeddings=True) - (0 if config.tie_word_embeddings else head)
         keys = sum(p * p / 2 + sum(y * p + y * y / 2 for y in ys) for p, *ys in lengths)
         flops = body * tokens + head * answers + 2 * config.num_hidden_layers * config.hidden_size * keys
         a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
         peak = 2 * 8192**3 / Timer("a @ a", globals={"a": a}).blocked_autorange().median
         numbers["mfu"] = (6 if training else 2) * flops / seconds / WORLD / peak
         torch.cuda.reset_peak_memory_stats()
-    text = "{pairs_per_second:,.1f} pairs/s, {tokens_per_second:,.0f} tokens/s, peak {peak_memory_gb:.2f} GB"
-    say(f"{title}, " + (text + ", MFU {mfu:.0%}" * ("mfu" in numbers)).format(**numbers))
+    say(f"{title}, {text.format(**numbers)}")
     return numbers
 
-def train(job, name, model, optimizer, pairs, order, learning_rate, loss_fn, state, decay=False):
+def train(job, stage, pairs, order, loss_fn):
     """The one training loop: `order` has each step's rows, `loss_fn(outputs, rows)` → (mean loss, accuracy).
     Micro-batches of similar length are weighed by their pairs: the gradient is the step's mean whatever the
-    cut and the number of processes. → throughput(); `state` gets step and sums."""
-    cfg, seconds, saved, resumed = job.cfg, 0.0, time.monotonic(), state["step"]
+    cut and the number of processes. → mean loss, mean accuracy, throughput()."""
+    cfg, name, model, optimizer, state = job.cfg, stage.name, stage.model, stage.optimizer, stage.state
+    seconds, saved, resumed = 1e-9, time.monotonic(), state["step"]
     for step in tqdm(range(resumed, len(order)), name, initial=resumed, total=len(order), **BAR):
         started, rows, losses, sums = time.perf_counter(), order[step], [], torch.zeros(2, device=DEVICE)
-        warm = min(1.0, (state.get("iteration", 0) * len(order) + step + 1) / 10)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warm * (1 - step / len(order) if decay else 1)
+        warm = min(1.0, (len(state["history"]) * len(order) + step + 1) / 10)
+        decay = 1 if stage.dpo else 1 - step / len(order)
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * warm * decay
         for group in cut([pairs[i].ids for i in rows], cfg.tokens_per_batch, WORLD)[RANK::WORLD]:
             index = torch.tensor([rows[i] for i in group or [0]])  # weight 0 where only other ranks have work
-            outputs = model(collate_pairs([pairs[i].ids for i in index], job.pad_id))
-            loss, accuracy = loss_fn(outputs, index)
+            loss, accuracy = loss_fn(model(collate_pairs([pairs[i].ids for i in index])), index)
             (loss * WORLD * len(group) / len(rows)).backward()  # FSDP2 averages over the ranks
             losses.append((loss.detach(), index.tolist()))
             sums += torch.stack([loss.detach(), accuracy]) * len(group) / len(rows)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
-            bad = sum(gather([i for loss, index in losses if not torch.isfinite(loss) for i in index]), [])
-            bad = sorted(bad or rows)
+        *sums, norm = torch.tensor(gather([*sums.tolist(), norm.item()])).sum(dim=0)
+        if not torch.isfinite(sums[0] + norm):
+            bad = gather([i for loss, index in losses if not torch.isfinite(loss) for i in index])
+            bad = sorted(sum(bad, []) or rows)
             refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the "
                    f"first {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend them; the last "
                    "checkpoint stays", code=1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss, accuracy = torch.tensor(gather(sums.tolist())).sum(dim=0).tolist()
-        state.setdefault("first_loss", loss)
-        state.update(step=step + 1, loss_sum=state["loss_sum"] + loss,
-                     accuracy_sum=state["accuracy_sum"] + accuracy)
+        if step == 0 and not state["history"]:
+            first = state["first_loss"] = float(sums[0])
+            if stage.dpo and abs(first - math.log(2)) > (1e-4 if cfg.dtype == "float32" else 2e-3):
+                say(f"warning: {name}: the first loss is {first:.5f}, not ln 2: policy and reference differ")
+        state.update(step=step + 1, sums=state["sums"] + torch.stack(sums))
         seconds += time.perf_counter() - started
         if step + 1 < len(order) and gather(time.monotonic() - saved > 60 * cfg.save_minutes)[0]:
-            save_training(job, name, model, optimizer, state)
+            save(job, stage)
             saved = time.monotonic()
-    done = [pairs[i].ids for rows in order[resumed:] for i in rows]
-    title = f"{name}: {len(order)} steps, mean loss {state['loss_sum'] / len(order):.4f}"
-    return throughput(title, model, done, max(seconds, 1e-9), training=True)
+    loss, accuracy = (state["sums"] / len(order)).tolist()
+    state.update(step=0, sums=torch.zeros(2).double())
+    title, done = f"{name}: {len(order)} steps, mean loss {loss:.4f}", sum(order[resumed:], [])
+    return loss, accuracy, throughput(title, model, [pairs[i].ids for i in done], seconds, training=True)
 
 def train_stage(job, name, loss_fn):
     """Train a model on the job's pairs into the folder `name`, unless it is there → the folder. SFT and score
@@ -835,19 +829,17 @@ def train_stage(job, name, loss_fn):
         return path
     torch.manual_seed(cfg.seed)  # for a new score head
     if scores:
-        config = without_dropout(AutoConfig.from_pretrained(job.reference, attn_implementation="sdpa"))
+        config = load_config(job.reference)
         model = ScoreModel(config)
         model.model = AutoModel.from_pretrained(job.reference, config=config)
     else:
-        model = load_model(job.reference or job.base, cfg)  # SFT itself begins at the base
-    dpo = job.reference is not None and not scores
-    rate = cfg.learning_rate if dpo else cfg.sft_learning_rate
-    steps = cfg.iterations * cfg.dpo_steps if dpo else cfg.epochs * math.ceil(len(job.train) / cfg.batch_size)
+        model = load_model(job.reference or job.model, cfg)  # SFT itself begins at the base
+    stage = begin(job, name, model)
+    steps = cfg.epochs * math.ceil(len(job.train) / cfg.batch_size)
+    steps = cfg.iterations * cfg.dpo_steps if stage.dpo else steps
     rows = draw(len(job.train), 0, min(steps, cfg.max_steps or steps) * cfg.batch_size, cfg.seed, name)
-    model, optimizer = training_model(model, pair_scores if scores else sequence_logps, cfg, rate)
-    state = restore_training(job, name, model, optimizer)
-    train(job, name, model, optimizer, job.train, chunks(rows, cfg.batch_size), rate, loss_fn, state, not dpo)
-    export(model, job.tokenizer, path, cfg, **({"score_type": name.removesuffix("_model")} if scores else {}))
+    train(job, stage, job.train, chunks(rows, cfg.batch_size), loss_fn)
+    export(job, model, path, **({"score_type": name.removesuffix("_model")} if scores else {}))
     remove(*(job.out / "training").glob(f"{name}-*"))
     return path
 
@@ -855,12 +847,10 @@ def train_stage(job, name, loss_fn):
 def infer(job, path, ids, title, flag="model"):
     """log π or scores of pairs of token ids by the model in a folder → (N, 2), split over processes."""
     model, function = inference_model(path, job.cfg, flag), sequence_logps if flag == "model" else pair_scores
-    result, outputs, started = torch.zeros(len(ids), 2), [], time.perf_counter()
+    result, started = torch.zeros(len(ids), 2), time.perf_counter()
     for group in filter(None, tqdm(cut(ids, job.cfg.tokens_per_batch)[RANK::WORLD], title, **BAR)):
-        batch = collate_pairs([ids[i] for i in group], job.pad_id)
-        outputs.append((group, function(model, batch).float().cpu()))
-    for group, values in sum(gather(outputs), []):
-        result[group] = values
+        result[group] = function(model, collate_pairs([ids[i] for i in group])).float().cpu()
+    result = sum(gather(result))  # the other processes' rows are 0 here
     if (seconds := time.perf_counter() - started) > 5:
         throughput(title, model, ids, seconds, training=False)
     if not torch.isfinite(result).all():
@@ -874,15 +864,15 @@ def sample(job, path, prompts, count, key, tokenizer):
     processes changes nothing; a prompt is prefilled once, its key-value cache repeated for its responses."""
     cfg, eos, started = job.cfg, tokenizer.eos_token_id, time.perf_counter()
     model, settings = inference_model(path, cfg), transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=job.pad_id, eos_token_id=eos,
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=eos, eos_token_id=eos,
         max_new_tokens=cfg.max_new_tokens)
     order, results = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), []
     batches = list(enumerate(chunks(order, max(1, cfg.sample_batch // count))))
     for number, batch in tqdm(batches[RANK::WORLD], f"sampling {Path(path).name}", **BAR):
-        padding = [len(prompts[batch[-1]]) - len(prompts[i]) for i in batch]  # the last one is the longest
-        ids = torch.tensor([[job.pad_id] * n + prompts[i] for n, i in zip(padding, batch)], device=DEVICE)
-        width = ids.shape[1]
-        mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(DEVICE)
+        width = len(prompts[batch[-1]])  # the last one is the longest
+        ids = torch.tensor([[eos] * (width - len(prompts[i])) + prompts[i] for i in batch], device=DEVICE)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        mask = mask.to(DEVICE)
         torch.manual_seed(int(torch.randint(2**60, (), generator=seeded("sample", cfg.seed, key, number))))
         cache = transformers.DynamicCache(config=model.config)
         if width > 1:
@@ -898,59 +888,56 @@ def sample(job, path, prompts, count, key, tokenizer):
     say(f"sampling {Path(path).name}: {len(prompts)} × {count} responses, {tokens / seconds:,.0f} tokens/s")
     return [answers[i] for i in range(len(prompts))]
 
-def score(job, pairs, ref_logps):
-    """Reward and cost (N, 2) of pairs: from score models, which read text with their own tokenizer and in the
-    template that they were trained with, or, for PeCAN, implicit in two policies."""
+def score(job, pairs):
+    """Reward, cost and log π_ref of pairs, (3, N, 2). Score models read text, with their own tokenizer and in
+    the template that they were trained with; PeCAN's reward and cost are implicit in two policies."""
+    ids, scores = [p.ids for p in pairs], []
+    ref_logps = infer(job, job.reference, ids, "log π_ref")
     if job.implicit:
-        logps = (infer(job, path, [p.ids for p in pairs], "log π") for path in (job.helpful, job.safe))
+        logps = (infer(job, path, ids, "log π") for path in (job.helpful, job.safe))
         helpful, safe = (implicit_reward(policy_logps, ref_logps, job.cfg.beta) for policy_logps in logps)
-        return helpful, -safe
-    scores = []
+        return torch.stack([helpful, -safe, ref_logps])
     for flag in ("reward_model", "cost_model"):
         path = str(getattr(job, flag))
         template = getattr(AutoConfig.from_pretrained(path), "prompt_template", BEAVER_TEMPLATE)
         tokenizer = attempt(AutoTokenizer.from_pretrained, path, flag)
         ids, _ = with_ids(pairs, tokenizer, template, job.cfg.max_length + job.cfg.max_new_tokens)
         scores.append(infer(job, path, ids, f"scoring by {flag}", flag))
-    return scores
+    return torch.stack([*scores, ref_logps])
 
 def measure(job, path, prompts, count, key):
-    """Sample a policy and score it, for a step of λ or a row of the table. prompts are texts → namespace of
-    reward, cost, log_ratio to π_ref, length (n, count), texts, and the samples as pairs, scores (3, N, 2)."""
-    if job.cfg.max_steps:
-        prompts = prompts[: max(2, job.cfg.max_steps * job.cfg.sample_batch // count)]
-    texts, pairs, is_reference = [], [], str(path) == str(job.reference)
+    """Sample a policy and score it → namespace: numbers, for metrics.jsonl and results.json; texts and scores
+    (reward, cost), each (n prompts, count); the samples as pairs; pair_scores, as from score()."""
+    cfg, texts, pairs, is_reference = job.cfg, [], [], str(path) == str(job.reference)
+    if cfg.max_steps:
+        prompts = prompts[: max(2, cfg.max_steps * cfg.sample_batch // count)]
     own = job.tokenizer if is_reference else attempt(AutoTokenizer.from_pretrained, path, "compare")
-    heads = [head for head, _ in encode(own, job.cfg.template, [(x, "", False) for x in prompts], 10**6)[0]]
+    heads = [head for head, _ in encode(own, cfg.template, [(x, "", False) for x in prompts], 10**6)[0]]
     for prompt, head, answers in zip(prompts, heads, sample(job, path, heads, count, key, own)):
         texts.append(own.batch_decode([y for y, _ in answers], skip_special_tokens=True))
         drawn = [(text, *answer) for text, answer in zip(texts[-1], answers)]
         for couple in zip(drawn[::2], drawn[1::2] + drawn[-1:]):  # an odd last one beside itself
             responses, ids, ended = zip(*couple)
             pairs.append(Pair(prompt, responses, (head, *ids), ended))
-    logps = ref_logps = infer(job, path, [p.ids for p in pairs], "log π of samples")
-    if not is_reference:  # with another tokenizer, log π_ref is of the text in its own tokens
-        same = own.get_vocab() == job.tokenizer.get_vocab()
-        ids = [p.ids for p in pairs] if same else with_ids(pairs, job.tokenizer, job.cfg.template, 10**6)[0]
-        ref_logps = infer(job, job.reference, ids, "log π_ref of samples")
-    reward, cost = score(job, pairs, ref_logps)
-    values = {"reward": reward, "cost": cost, "log_ratio": logps - ref_logps,
-              "length": torch.tensor([[float(len(y)) for y in p.ids[1:]] for p in pairs])}
-    if job.cfg.dataset.startswith("tiny"):
+    drawn = [p.ids for p in pairs]
+    if own.get_vocab() != job.tokenizer.get_vocab():  # log π_ref is of the text in its own tokens
+        for pair, ids in zip(pairs, with_ids(pairs, job.tokenizer, cfg.template, 10**6)[0]):
+            pair.ids = ids
+    pair_scores = reward, cost, ref_logps = score(job, pairs)
+    logps = ref_logps if is_reference else infer(job, path, drawn, "log π of samples")
+    values = {"reward": reward, "cost": cost, "kl": logps - ref_logps,
+              "length": torch.tensor([[float(len(y)) for y in ys] for _, *ys in drawn])}
+    if cfg.dataset.startswith("tiny"):
         truth = torch.tensor([[tiny_truth(p.prompt, y) for y in p.responses] for p in pairs])
         values |= {"true_reward": truth[..., 0], "true_cost": truth[..., 1]}
     values = {name: value.reshape(len(prompts), -1)[:, :count] for name, value in values.items()}
-    return SimpleNamespace(**values, texts=texts, pairs=pairs, scores=torch.stack([reward, cost, ref_logps]))
-
-def summary(found):
-    """The numbers of a measurement, as they stand in metrics.jsonl and results.json."""
-    numbers = {"safe_rate": float((found.cost <= 0).float().mean()), "kl": float(found.log_ratio.mean()),
-               "length_mean": float(found.length.mean())}
-    for name, values in vars(found).items():
-        if name.endswith(("reward", "cost")):
-            numbers |= {f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std()),
-                        f"{name}_ci95": ci95(values)}
-    return numbers
+    numbers = {"safe_rate": float((values["cost"] <= 0).float().mean()),
+               "kl": float(values.pop("kl").mean()), "length_mean": float(values.pop("length").mean())}
+    for name, value in values.items():
+        numbers |= {f"{name}_mean": float(value.mean()), f"{name}_std": float(value.std()),
+                    f"{name}_ci95": ci95(value)}
+    return SimpleNamespace(numbers=numbers, texts=texts, scores=(values["reward"], values["cost"]), pairs=pairs,
+                           pair_scores=pair_scores)
 
 # ---- The method --------------------------------------------------------------------------------------------
 def dpo_fit(ref_logps, prob, beta):
@@ -962,67 +949,65 @@ def dpo_fit(ref_logps, prob, beta):
         return dpo_loss(logps, ref, p, beta), agrees.float().mean()
     return loss_fn
 
-def constrained_dpo(job, lam, lambda_mode, iterations, steps):
+def constrained_dpo(job, lam):
     """Algorithm 1 of C-DPO: relabel, fit, sample, step λ. → (folder of the best policy, its λ)."""
     cfg, iterate, best = job.cfg, job.out / "iterate", job.out / "policy"
-    policy, optimizer = training_model(load_model(job.reference, cfg), sequence_logps, cfg, cfg.learning_rate)
-    state = restore_training(job, "policy", policy, optimizer, **{
-        "iteration": 0, "lambda": lam, "best": [], "history": [], "drawn": 0, "fresh": [],
-        "fresh_scores": torch.zeros(3, 0, 2)})
-    while state["iteration"] < iterations:
-        iteration, lam, started = state["iteration"], state["lambda"], time.perf_counter()
-        pairs, (reward, cost, ref_logps), order, offline = pairs_of_iteration(job, state, steps)
+    once = cfg.method != "cdpo"  # λ is known: one iteration takes all the steps
+    iterations, steps = (1, cfg.iterations * cfg.dpo_steps) if once else (cfg.iterations, cfg.dpo_steps)
+    steps, mode = min(cfg.max_steps or steps, steps), "fixed" if once or cfg.lambda_lr == 0 else cfg.lambda_step
+    stage = begin(job, "policy", load_model(job.reference, cfg), lam=lam, drawn=0, fresh=[],
+                  fresh_scores=torch.zeros(3, 0, 2))
+    state, history = stage.state, stage.state["history"]
+    def merit(entry):  # what meets the limit comes first, then the objective (6), or else the least cost
+        feasible = entry["cost_bound"] <= job.cost_limit
+        return feasible, entry["reward_mean"] - cfg.beta * entry["kl"] if feasible else -entry["cost_bound"]
+    while len(history) < iterations:
+        iteration, lam, started = len(history), state["lam"], time.perf_counter()
+        pairs, (reward, cost, ref_logps), order = pairs_of_iteration(job, state, steps)
         prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, iteration))            # (12)
-        numbers = train(job, "policy", policy, optimizer, pairs, order, cfg.learning_rate,
-                        dpo_fit(ref_logps, prob, cfg.beta), state)                                      # (13)
-        first = state["first_loss"]
-        if iteration == 0 and abs(first - math.log(2)) > (1e-4 if cfg.dtype == "float32" else 2e-3):
-            say(f"warning: the first DPO loss is {first:.5f}, not ln 2: policy and reference differ")
-        export(policy, job.tokenizer, iterate, cfg)
+        loss, accuracy, speed = train(job, stage, pairs, order, dpo_fit(ref_logps, prob, cfg.beta))     # (13)
+        export(job, stage.model, iterate)
         found = measure(job, iterate, job.steering, cfg.lambda_samples, ("step", iteration))
-        bound = estimate(found.cost, cfg.cost_confidence)                                            # Ĵ_c
-        shifted = found.cost + (bound - found.cost.mean())  # so that the step of λ uses the same estimate
-        if lambda_mode == "newton" and shifted.var(dim=1).mean() > 0:
-            state["lambda"] = newton_lambda_step(lam, shifted, job.cost_limit, cfg.beta)
-        elif lambda_mode != "fixed":  # also where a collapsed policy leaves Newton no variance
-            state["lambda"] = lambda_step(lam, shifted, job.cost_limit, cfg.lambda_lr)                  # (14)
-        entry = {"iteration": iteration, "lambda": lam, **summary(found), "first_dpo_loss": first,
-                 "dpo_loss": state["loss_sum"] / steps, "dpo_accuracy": state["accuracy_sum"] / steps,
-                 **numbers, "seconds": time.perf_counter() - started}
-        say(("iteration {iteration}: λ {lambda:.4f}, cost {cost_mean:+.3f} [{cost_ci95[0]:+.3f}, "
-             "{cost_ci95[1]:+.3f}], reward {reward_mean:+.3f}, KL {kl:.3f}; next λ ").format(**entry)
-            + f"{state['lambda']:.4f}")
-        feasible = bound <= job.cost_limit
-        merit = entry["reward_mean"] - cfg.beta * entry["kl"] if feasible else -bound  # (6), or least cost
-        state["best"] = max(state["best"], [feasible, merit, -iteration, lam])  # the earlier of equals
-        if RANK == 0 and state["best"][2] == -iteration:
+        bound = estimate(found.scores[1], cfg.cost_confidence)                                          # Ĵ_c
+        cost = found.scores[1] + (bound - found.scores[1].mean())  # λ steps on the same estimate
+        if mode == "newton" and cost.var(dim=1).mean() > 0:
+            state["lam"] = newton_lambda_step(lam, cost, job.cost_limit, cfg.beta)
+        elif mode != "fixed":  # also where a collapsed policy leaves Newton no variance
+            state["lam"] = lambda_step(lam, cost, job.cost_limit, cfg.lambda_lr)                        # (14)
+        state["drawn"] += sum(i < len(job.train) for rows in order for i in rows)
+        if cfg.recycle and mode != "fixed":
+            state.update(fresh=[vars(pair) for pair in found.pairs], fresh_scores=found.pair_scores)
+        history.append({
+            "iteration": iteration, "lambda": lam, "next_lambda": state["lam"], **found.numbers,
+            "cost_bound": bound, "dpo_loss": loss, "dpo_accuracy": accuracy,
+            "first_dpo_loss": state["first_loss"], **speed, "seconds": time.perf_counter() - started})
+        say("iteration {iteration}: λ {lambda:.4f}, cost {cost_mean:+.3f} [{cost_ci95[0]:+.3f}, "
+            "{cost_ci95[1]:+.3f}], reward {reward_mean:+.3f}, KL {kl:.3f}; next λ {next_lambda:.4f}"
+            .format(**history[-1]))
+        if RANK == 0 and max(history, key=merit) is history[-1]:  # the earlier of equals stays
             remove(best)
             os.replace(iterate, best)
-        if cfg.recycle and lambda_mode != "fixed":
-            keep = [i for i, p in enumerate(found.pairs) if p.ids[1] != p.ids[2]]
-            state.update(fresh=[vars(found.pairs[i]) for i in keep], fresh_scores=found.scores[:, keep])
-        state["history"].append(entry)
-        state.update(iteration=iteration + 1, step=0, loss_sum=0.0, accuracy_sum=0.0,
-                     drawn=state["drawn"] + offline)
-        save_training(job, "policy", policy, optimizer, state)
-        write(job.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in state["history"]))
+        write(job.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+        save(job, stage)
     remove(iterate)
-    if not state["best"][0]:
+    chosen = max(history, key=merit)
+    if chosen["cost_bound"] > job.cost_limit:
         say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the one of least cost; try more "
             "--iterations or --dpo_steps, or a higher --cost_limit")
-    return best, state["best"][3]
+    return best, chosen["lambda"]
 
 def pairs_of_iteration(job, state, steps):
     """The dataset's pairs in their endless order, the last iteration's samples mixed in once each → pairs,
-    scores (reward, cost, log π_ref), the rows of each step, how many are the dataset's."""
-    size, seed, iteration = job.cfg.batch_size, job.cfg.seed, state["iteration"]
-    fresh, scores = [Pair(**p) for p in state["fresh"]], torch.cat([job.scores, state["fresh_scores"]], dim=1)
-    count = min(len(fresh), steps * size // 2)
+    scores (reward, cost, log π_ref), the rows of each step."""
+    size, seed, iteration = job.cfg.batch_size, job.cfg.seed, len(state["history"])
+    keep = [i for i, pair in enumerate(state["fresh"]) if pair["ids"][1] != pair["ids"][2]]
+    fresh, count = [Pair(**state["fresh"][i]) for i in keep], min(len(keep), steps * size // 2)
     online = draw(len(fresh), 0, count, "fresh", seed, iteration) if count else []
     offline = draw(len(job.train), state["drawn"], steps * size - count, "policy", seed)
     rows = offline + [len(job.train) + i for i in online]
     rows = [rows[i] for i in draw(len(rows), 0, len(rows), "mix", seed, iteration)]
-    return job.train + fresh, scores, chunks(rows, size), len(offline)
+    scores = torch.cat([job.scores, state["fresh_scores"][:, keep]], dim=1)
+    return job.train + fresh, scores, chunks(rows, size)
 
 def start_lambda(job):
     """The limit and the first λ: given, or in closed form on samples of π_ref. Says what that predicts."""
@@ -1030,11 +1015,8 @@ def start_lambda(job):
     if cfg.lambda_init is not None and cfg.margin is None or cfg.method == "dpo":
         return cfg.lambda_init or 0.0
     prompts = (job.steering + prompts_of(job.train))[: cfg.dual_prompts]
-    def compute():
-        found = measure(job, job.reference, prompts, cfg.dual_samples, "dual")
-        return torch.stack([found.reward, found.cost])
-    source = fingerprint(prompts, cfg.dual_samples, cfg.max_new_tokens, job.models)
-    job.prediction = reward, cost = cached(job.out / "reference_samples.pt", source, compute)
+    job.prediction = reward, cost = cached(job, "reference_samples.pt", lambda: measure(
+        job, job.reference, prompts, cfg.dual_samples, "dual").scores, prompts, cfg.dual_samples)
     if cfg.margin is not None:
         job.cost_limit = float(cost.mean()) - cfg.margin
     if cfg.lambda_init is not None:
@@ -1050,49 +1032,87 @@ def start_lambda(job):
     return lam
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
-def evaluate(job, name, path, lam):
-    """One row of the table, and the scored answers behind it, of the policy in a folder."""
-    found = measure(job, path, job.evaluation, job.cfg.eval_samples, "eval")
-    row = {"name": name, "lambda": lam, **summary(found)}
-    if job.prediction is not None and lam is not None:  # what the closed form said before any training
-        row |= {f"predicted_{k}": v for k, v in predict(*job.prediction, lam, job.cfg.beta).items()}
-    answers = zip(job.evaluation, found.texts, found.reward.tolist(), found.cost.tolist())
-    return row, [{"policy": name, "prompt": prompt, "response": y, "reward": r, "cost": c}
-                 for prompt, *columns in answers for y, r, c in zip(*columns)]
+def evaluate(job, policies):
+    """Measure policies {name: (folder, λ)} on the table's prompts; write and print the table."""
+    rows, samples = [], []
+    for name, (path, lam) in policies.items():
+        found = measure(job, path, job.evaluation, job.cfg.eval_samples, "eval")
+        rows.append({"name": name, "lambda": lam, **found.numbers})
+        if job.prediction is not None and lam is not None:  # what the closed form said before any training
+            predicted = predict(*job.prediction, lam, job.cfg.beta)
+            rows[-1] |= {f"predicted_{key}": value for key, value in predicted.items()}
+        for prompt, *columns in zip(job.evaluation, found.texts, *(v.tolist() for v in found.scores)):
+            samples += [{"policy": name, "prompt": prompt, "response": y, "reward": r, "cost": c}
+                        for y, r, c in zip(*columns)]
+    write(job.out / "results.json", json.dumps(rows, indent=2))
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    write(job.out / "samples.jsonl", "".join(lines))
+    say(f"\nE[cost] ≤ {job.cost_limit:.4g}\n\n{markdown(rows)}\n")
 
 def markdown(rows):
     """The rows of results.json as a Markdown table."""
-    extra = "true_reward_mean", "true_cost_mean", "predicted_cost"
-    extra = [key for key in extra if any(key in row for row in rows)]
-    titles = [key.removesuffix("_mean").replace("_", " ") for key in extra]
-    head = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length", *titles]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in rows:
-        lines.append([row["name"], "" if row["lambda"] is None else f"{row['lambda']:.3f}"])
-        for key in ("reward", "cost"):
-            lines[-1].append("{:.3f} ± {:.3f}".format(row[f"{key}_mean"], row[f"{key}_std"]))
-            lines[-1].append("[{:.3f}, {:.3f}]".format(*row[f"{key}_ci95"]))
-        lines[-1] += [f"{row['safe_rate']:.1%}", f"{row['kl']:.3f}", f"{row['length_mean']:.1f}"]
-        lines[-1] += [f"{row[key]:.3f}" if key in row else "" for key in extra]
+    def cell(value):
+        if isinstance(value, list):
+            return "[{:.3f}, {:.3f}]".format(*value)
+        return f"{value:.3f}" if isinstance(value, float) else value or ""
+    columns = ("name lambda reward_mean reward_std reward_ci95 cost_mean cost_std cost_ci95 safe_rate kl "
+               "length_mean true_reward_mean true_cost_mean predicted_cost").split()
+    columns = [key for key in columns if any(key in row for row in rows)]
+    lines = [[key.removesuffix("_mean").replace("_", " ") for key in columns], ["---"] * len(columns)]
+    lines += [[cell(row.get(key)) for key in columns] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 # ---- The command -------------------------------------------------------------------------------------------
-def check_rows(job, source, flag="model"):
+def prepare(job):
+    """Check the given models and the disk; read, check, tokenize and split the data; try the decoders."""
+    cfg = job.cfg
+    given = [(f"{kind}_model", getattr(cfg, f"{kind}_model")) for kind in ("reward", "cost", "helpful", "safe")]
+    for flag, path in [*given, *(("compare", path) for path in cfg.compare)]:
+        kind = path and getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", None)
+        if kind and f"{kind}_model" != flag:
+            refuse(f"--{flag} {path}: its config.json calls it a {kind} model; are two exchanged?")
+    job.tokenizer = load_tokenizer(cfg)
+    if job.model.startswith("{"):
+        with refusing(f"--model {job.model}", "it must be a JSON dictionary"):
+            job.model = json.dumps({"vocab_size": len(job.tokenizer), **json.loads(job.model)})
+    config = load_config(job.model)
+    if len(job.tokenizer) > config.vocab_size:
+        refuse(f"the tokenizer has {len(job.tokenizer)} tokens, {job.model} {config.vocab_size}; name its own")
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    models = 2 + (not cfg.sft_model) + (not cfg.reward_model) + (not cfg.cost_model) + len(cfg.lambdas)
+    size = parameters * (models * (2 if cfg.dtype == "bfloat16" else 4) + 2 * 12 * (not cfg.no_checkpoint))
+    free = shutil.disk_usage(job.out).free + sum(f.stat().st_size for f in job.out.rglob("*") if f.is_file())
+    if free < size:
+        refuse(f"--output_dir {job.out}: the run writes up to {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+               "free; free some space, name another folder, or save no training state with --no_checkpoint")
+    need = ["response_0", "response_1", *["better_response_id"] * (job.implicit or not cfg.reward_model)]
+    if job.implicit or not cfg.cost_model:
+        need += ["safer_response_id", "is_response_0_safe", "is_response_1_safe"]
+    pairs = load_pairs(cfg.dataset, "dataset", need, cfg, job.tokenizer)
+    eval_pairs = cfg.eval_dataset and load_pairs(cfg.eval_dataset, "eval_dataset", [], cfg, job.tokenizer)
+    job.held_out, steering, job.train = split_by_prompt(pairs, eval_pairs, cfg)
+    job.train = job.train[: cfg.max_steps * cfg.batch_size] if cfg.max_steps else job.train
+    job.evaluation, job.steering = prompts_of(job.held_out), prompts_of(steering)
+    say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} for the table, {len(job.steering)} for λ")
+    for flag in ("model", "reward_model", "cost_model"):
+        check_rows(job, flag) if getattr(job, flag) else None
+
+def check_rows(job, flag):
     """Try the longest pair both ways, a shared-prompt row and the model's own forward: some decoders get a
     (B, 1, L, L) mask silently wrong (short sliding windows), others scale or cap logits behind the head."""
+    source = getattr(job, flag)
     model = inference_model(source, job.cfg, flag)
     prompt, *ys = max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
-    tolerance = (2e-2 if job.cfg.dtype == "bfloat16" else 1e-4) * torch.tensor([len(y) + 10 for y in ys])
-    def plain(y):
-        whole = torch.tensor([prompt + y], device=DEVICE)
-        if flag != "model":
-            return model.score(model.model(whole).last_hidden_state[:, -1])[0]
-        logps = model(whole).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
-        return logps[range(len(y)), y].sum()
+    other, y = sorted(ys, key=len)
+    row, whole = collate_pairs([(prompt, other, y)]), torch.tensor([prompt + y], device=DEVICE)
     with torch.inference_mode():
-        theirs = torch.stack([plain(y) for y in ys])
-        ours = (sequence_logps if flag == "model" else pair_scores)(model, collate_pairs([(prompt, *ys)]))[0]
-    if ((ours - theirs).abs().cpu() > tolerance).any():
+        if flag == "model":
+            logps = model(whole).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+            error = sequence_logps(model, row)[0, 1] - logps[range(len(y)), y].sum()
+        else:
+            error = pair_scores(model, row)[0, 1] - model(whole, torch.ones_like(whole))[0]
+    if abs(error) > (2e-2 if job.cfg.dtype == "bfloat16" else 1e-4) * (len(y) + 10):
         refuse(f"--{flag} {source}: a decoder whose attention or output head this program gets wrong (tried "
                "on one long pair); use one such as Llama, Mistral, Qwen2 or GPT-2")
 
@@ -1113,11 +1133,14 @@ def train_models(job):
         worse, safe = columns(costs, 1 - safer[index])
         loss = cost_loss(worse, safe, *columns(signs[index].to(costs.device), 1 - safer[index]))
         return loss, (worse > safe).float().mean()
-    job.reference = cfg.sft_model  # None while SFT trains it
     job.reference = job.reference or train_stage(job, "sft", sft_loss)
-    job.reward_model, job.cost_model, job.implicit = cfg.reward_model, cfg.cost_model, cfg.method == "pecan"
+    if job.implicit:
+        ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref")
+        job.helpful = job.helpful or train_stage(job, "helpful", dpo_fit(ref_logps, 1.0 - better, cfg.beta))
+        job.safe = job.safe or train_stage(job, "safe", dpo_fit(ref_logps, 1.0 - safer, cfg.beta))
+        return
     for name, loss_fn in (("reward_model", reward_loss), ("cost_model", harm_loss)):
-        if not (job.implicit or getattr(cfg, name)):
+        if not getattr(job, name):
             setattr(job, name, train_stage(job, name, loss_fn))
             if not cfg.eval_dataset:  # whose prompts come without labels
                 index, ids = torch.arange(len(job.train), len(labelled)), [p.ids for p in job.held_out]
@@ -1126,114 +1149,53 @@ def train_models(job):
                 if name == "cost_model":
                     text += f", of sign {((scores > 0) == (signs[index] > 0)).float().mean():.1%}"
                 say(f"{name}: held-out accuracy {text}, {len(ids)} pairs")
-    job.helpful, job.safe = cfg.helpful_model, cfg.safe_model
-    if job.implicit:
-        ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref")
-        job.helpful = job.helpful or train_stage(job, "helpful", dpo_fit(ref_logps, 1.0 - better, cfg.beta))
-        job.safe = job.safe or train_stage(job, "safe", dpo_fit(ref_logps, 1.0 - safer, cfg.beta))
-    models = (job.reference, job.reward_model, job.cost_model, job.helpful, job.safe)
-    job.models = fingerprint(*(Path(p) for p in models if p), cfg.template, cfg.beta, cfg.seed)
 
-def run(job):
+def run(cfg, out):
     """All stages in order; each finds what an earlier run of the same command has finished."""
-    cfg = job.cfg
+    job = SimpleNamespace(cfg=cfg, out=out, model=cfg.sft_model or cfg.model, reference=cfg.sft_model,
+                          reward_model=cfg.reward_model, cost_model=cfg.cost_model, helpful=cfg.helpful_model,
+                          safe=cfg.safe_model, implicit=cfg.method == "pecan", cost_limit=cfg.cost_limit,
+                          prediction=None)
     prepare(job)
     train_models(job)
-    rows, job.prediction, job.cost_limit = [("SFT", job.reference, None)], None, cfg.cost_limit
-    names = {"cdpo": "C-DPO", "mocan": "MoCAN", "pecan": "PeCAN", "dpo": "DPO"}
+    policies = {"SFT": (job.reference, None)}
     if cfg.method == "sft":
-        export(load_model(job.reference, cfg), job.tokenizer, job.out / "policy", cfg)
+        export(job, load_model(job.reference, cfg), out / "policy")
     else:
-        def compute():
-            ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref of the pairs")
-            return torch.stack([*score(job, job.train, ref_logps), ref_logps])
-        source = fingerprint([p.ids for p in job.train], job.models)
-        job.scores = reward, cost, ref_logps = cached(job.out / "scores.pt", source, compute)
-        lam, once = start_lambda(job), cfg.method != "cdpo"
-        mode = "fixed" if once or cfg.lambda_lr == 0 else cfg.lambda_step
-        iterations, steps = (1, cfg.iterations * cfg.dpo_steps) if once else (cfg.iterations, cfg.dpo_steps)
-        path, lam = constrained_dpo(job, lam, mode, iterations, min(cfg.max_steps or steps, steps))
-        rows.append((names[cfg.method], path, lam))
-        for fixed in cfg.lambdas:
-            if fixed or cfg.method != "dpo":
-                prob = relabel(reward, cost, fixed, cfg.labels, seeded("labels", cfg.seed, fixed))
-                path = train_stage(job, f"lambda-{fixed:g}", dpo_fit(ref_logps, prob, cfg.beta))
-                rows.append((f"λ = {fixed:g}" if fixed else "DPO", path, fixed))
+        ids = [p.ids for p in job.train]
+        job.scores = reward, cost, ref_logps = cached(job, "scores.pt", lambda: score(job, job.train), ids)
+        name = {"cdpo": "C-DPO", "mocan": "MoCAN", "pecan": "PeCAN", "dpo": "DPO"}[cfg.method]
+        policies[name] = constrained_dpo(job, start_lambda(job))
+        for lam in cfg.lambdas:
+            if lam or cfg.method != "dpo":
+                prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, lam))
+                path = train_stage(job, f"lambda-{lam:g}", dpo_fit(ref_logps, prob, cfg.beta))
+                policies[f"λ = {lam:g}" if lam else "DPO"] = path, lam
     for path in cfg.compare:
-        names = [Path(path).name, *(f"{Path(path).name} ({k})" for k in range(2, 10**4))]
-        rows.append((next(name for name in names if name not in [row[0] for row in rows]), path, None))
+        name = Path(path).name
+        policies[name if name not in policies else str(Path(path).absolute())] = path, None
     job.implicit = not (job.reward_model and job.cost_model)  # given score models serve PeCAN's evaluation
-    rows = [evaluate(job, *row) for row in rows]
-    write(job.out / "results.json", json.dumps([row for row, _ in rows], indent=2))
-    samples = [json.dumps(sample, ensure_ascii=False) + "\n" for _, kept in rows for sample in kept]
-    write(job.out / "samples.jsonl", "".join(samples))
-    say(f"\nE[cost] ≤ {job.cost_limit:.4g}\n\n" + markdown([row for row, _ in rows]) + "\n")
-
-def prepare(job):
-    """Read, check, tokenize and split the data; write the base model where it is built from a dictionary."""
-    cfg, need = job.cfg, ["response_0", "response_1"]
-    need += ["better_response_id"] if not cfg.reward_model or cfg.method == "pecan" else []
-    if not cfg.cost_model or cfg.method == "pecan":
-        need += ["safer_response_id", "is_response_0_safe", "is_response_1_safe"]
-    names = ("reward_model", "cost_model", "helpful_model", "safe_model")
-    given = [(name, getattr(cfg, name)) for name in names]
-    for flag, path in [*given, *(("compare", path) for path in cfg.compare)]:
-        if not path:
-            continue
-        kind = getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", "")
-        if flag in ("reward_model", "cost_model") and kind and kind != flag.split("_")[0]:
-            refuse(f"--{flag} {path}: its config.json calls it a {kind} model; are the two exchanged?")
-    job.tokenizer = load_tokenizer(cfg)
-    eos, pad = job.tokenizer.eos_token_id, job.tokenizer.pad_token_id
-    job.pad_id = eos if pad is None else pad
-    pairs = load_pairs(cfg.dataset, "dataset", need, cfg, job.tokenizer)
-    eval_pairs = cfg.eval_dataset and load_pairs(cfg.eval_dataset, "eval_dataset", [], cfg, job.tokenizer)
-    job.held_out, steering, job.train = split_by_prompt(pairs, eval_pairs, cfg)
-    job.train = job.train[: cfg.max_steps * cfg.batch_size] if cfg.max_steps else job.train
-    job.evaluation, job.steering = prompts_of(job.held_out), prompts_of(steering)
-    say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} for the table, {len(job.steering)} for λ")
-    job.base = cfg.sft_model or cfg.model
-    if job.base.startswith("{"):
-        with refusing(f"--model {job.base}", "it must be a JSON dictionary"):
-            job.base = json.dumps({"vocab_size": len(job.tokenizer), **json.loads(job.base)})
-    check_space(job)
-    for flag, path in [("model", job.base), *given[:2]]:
-        check_rows(job, path, flag) if path else None
-
-def check_space(job):
-    """Refuse a run whose models and training state will not fit on the disk, before any of them is made."""
-    cfg, config = job.cfg, load_config(job.base)
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    if len(job.tokenizer) > config.vocab_size:
-        refuse(f"the tokenizer has {len(job.tokenizer)} tokens, {job.base} {config.vocab_size}; name its own")
-    models = 2 + (not cfg.sft_model) + (not cfg.reward_model) + (not cfg.cost_model) + len(cfg.lambdas)
-    size = parameters * (models * (2 if cfg.dtype == "bfloat16" else 4) + 2 * 12 * (not cfg.no_checkpoint))
-    free = shutil.disk_usage(job.out).free + sum(f.stat().st_size for f in job.out.rglob("*") if f.is_file())
-    if free < size:
-        refuse(f"--output_dir {job.out}: the run writes up to {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
-               "free; free some space, name another folder, or save no training state with --no_checkpoint")
+    evaluate(job, policies)
 
 def open_folder(out, settings, where):
     """Refuse a folder of something else, or of a run with other settings; with --overwrite, empty a run's."""
-    kept, overwrite = settings, settings["overwrite"]
+    kept = settings
     with refusing(where, "it holds no run of this program; name another folder"):
         if (out / "config.json").exists():
             kept = json.loads((out / "config.json").read_text())
             kept["output_dir"]
-        elif others := {f.name for f in out.iterdir()} - {".lock", "config.json.tmp", "training"}:
+        elif others := {f.name for f in out.iterdir()} - {".lock", "config.json.tmp"}:
             raise FileExistsError(f"it is not empty, it has {others.pop()}")
     changed = [f"{key} was {kept.get(key)!r:.80}, is {value!r:.80}" for key, value in settings.items()
                if key not in EXTENDING and kept.get(key) != value]
-    if changed and not overwrite:
+    if changed and not settings["overwrite"]:
         refuse(f"{where}: the run there has other settings ({'; '.join(changed)}); use those, name another "
                "folder, or start afresh with --overwrite")
-    gather(None)
-    if overwrite:
+    gather(None)  # all have read the old settings before the new ones are written
+    if settings["overwrite"]:
         ours = re.compile(r"(sft|reward_model|cost_model|helpful|safe|policy|iterate|lambda-.*|training"
                           r"|(scores|reference_samples)\.pt|(metrics|results|samples)\.jsonl?)(\.tmp)?")
         remove(*(f for f in out.iterdir() if ours.fullmatch(f.name)))
-    (out / "training").mkdir(exist_ok=True)
     write(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False))
 
 def main(argv=None):
@@ -1243,19 +1205,18 @@ def main(argv=None):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
-    gpu, many = torch.cuda.is_available(), "WORLD_SIZE" in os.environ
-    if gpu:
+    if GPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if (gpu or many or cfg.dtype == "bfloat16") and not dist.is_initialized():
-        alone = {} if many else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **alone)
+    if (GPU or WORLD > 1 or cfg.dtype == "bfloat16") and not dist.is_initialized():
+        alone = {} if WORLD > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", **alone)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / ".lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if RANK == 0 else None
             open_folder(out, asdict(cfg), where)
-            run(SimpleNamespace(cfg=cfg, out=out))
+            run(cfg, out)
         gather(None)  # no process takes the group down while another still uses it
     except KeyboardInterrupt:
         refuse(f"stopped; the same command goes on from {out}", code=130)
@@ -1267,10 +1228,9 @@ def main(argv=None):
               "parameter by the GPUs, --cpu_offload moves them to host memory", file=sys.stderr)
         raise
     except Exception as error:  # torch and safetensors report a full disk in classes of their own
-        if "No space left" in str(error) or "failed writing" in str(error):
-            refuse(f"{where}: the disk is full; free some space, then the same command goes on")
-        if isinstance(error, OSError) and str(error.filename).startswith(str(out)):
-            refuse(f"{where}: cannot be written ({error}); name another folder")
+        full = "No space left" in str(error) or "failed writing" in str(error)
+        if full or isinstance(error, OSError) and str(error.filename).startswith(str(out)):
+            refuse(f"{where}: cannot be written ({error}); free space there, then the same command goes on")
         raise
     finally:
         if dist.is_initialized() and WORLD == 1:
