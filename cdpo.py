@@ -641,12 +641,12 @@ def training_model(model, function, cfg, learning_rate):
 
 # ---- Processes and files -----------------------------------------------------------------------------------
 BAR = {"leave": False, "disable": RANK > 0 or None}  # progress on the terminal of process 0
+MODELS = "reward_model", "cost_model", "helpful_model", "safe_model"  # each given by its flag or trained here
 
 def say(text):
-    """Print a line once, above the progress bars."""
+    """Print a line once."""
     if RANK == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        print(text, flush=True)
 
 def gather(value):
     """A value of every process, in their order."""
@@ -687,15 +687,17 @@ def remove(*paths):
     for path in paths if RANK == 0 else ():
         shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
 
-def write(path, text):
-    """Write a text file whole or not at all."""
+def write(path, value):
+    """Write JSON, or a list as JSON lines, whole or not at all."""
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in value]
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8") if RANK == 0 else None
+        if RANK == 0:
+            temporary.write_text("".join(lines) if path.suffix == ".jsonl" else json.dumps(value, indent=2))
 
 def cached(job, name, compute, *source):
-    """Scores from a file with the fingerprint of `source` and of the models, or computed, stacked and written."""
-    models = job.reference, job.reward_model, job.cost_model, job.helpful, job.safe
-    for path in (Path(model) for model in models if model):  # a folder stands for what its files show
+    """Scores, from a file with the fingerprint of `source` and of the models, or computed and written."""
+    models = job.reference, *(getattr(job, name) for name in MODELS)
+    for path in map(Path, filter(None, models)):  # of a folder: its files' names, sizes and times
         files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.glob("*"))
         source += (files or str(path), job.cfg.template, job.cfg.beta, job.cfg.seed)
     file, source = job.out / name, hashlib.sha256(repr(source).encode()).hexdigest()
@@ -717,10 +719,9 @@ def begin(job, name, model, **state):
                                       job.cfg, job.cfg.learning_rate if dpo else job.cfg.sft_learning_rate)
     state = {"step": 0, "sums": torch.zeros(2).double(), "history": [], **state}
     if folders := sorted((job.out / "training").glob(f"{name}-*[0-9]")):
-        if len(list(folders[-1].iterdir())) != WORLD:
-            refuse(f"{folders[-1]}: written by another number of processes; start as many or use --overwrite")
-        with refusing(f"{folders[-1]}: cannot be read", "delete it to begin the stage again"):
-            kept = torch.load(folders[-1] / f"rank-{RANK}.pt", "cpu", weights_only=True, mmap=True)
+        advice = "start as many processes as wrote it, or delete it to begin the stage again"
+        with refusing(f"{folders[-1]}: cannot be read", advice):
+            kept = torch.load(folders[-1] / f"{RANK}-of-{WORLD}.pt", "cpu", weights_only=True, mmap=True)
             model.load_state_dict(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
         state = kept["state"]
@@ -733,10 +734,10 @@ def save(job, stage):
         return
     name = f"{stage.name}-{len(stage.state['history']):06d}-{stage.state['step']:06d}"
     older = list((job.out / "training").glob(f"{stage.name}-*"))
-    kept = {"model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(), "state": stage.state}
     with atomic(job.out / "training" / name) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(kept, folder / f"rank-{RANK}.pt")
+        torch.save({"model": stage.model.state_dict(), "optimizer": stage.optimizer.state_dict(),
+                    "state": stage.state}, folder / f"{RANK}-of-{WORLD}.pt")
     remove(*older)
 
 def export(job, model, path, **settings):
@@ -757,9 +758,9 @@ def export(job, model, path, **settings):
 
 # ---- Training, scoring, sampling ---------------------------------------------------------------------------
 def throughput(title, model, ids, seconds, training):
-    """Say and return pairs/s, tokens/s, peak memory and, on a GPU, MFU: 6 × parameters × real tokens (the head's
-    × response tokens; no embeddings) + 12 × layers × width × attended keys, a third of it for inference, by the
-    speed of a bfloat16 matrix product of size 8192 here; no credit for padding or recomputation."""
+    """Say and return pairs/s, tokens/s, peak memory and, on a GPU, MFU: 6 × parameters × real tokens (of the
+    head: × response tokens; no embeddings) + 12 × layers × width × attended keys, a third for inference, by
+    the speed of a bfloat16 matrix product of size 8192 here; no credit for padding or recomputation."""
     lengths = [[len(part) for part in parts] for parts in ids]
     tokens, answers = (sum(sum(parts[k:]) for parts in lengths) for k in (0, 1))
     numbers = {"pairs_per_second": len(ids) / seconds, "tokens_per_second": tokens / seconds,
@@ -821,9 +822,8 @@ def train(job, stage, pairs, order, loss_fn):
     return loss, accuracy, throughput(title, model, [pairs[i].ids for i in done], seconds, training=True)
 
 def train_stage(job, name, loss_fn):
-    """Train a model on the job's pairs into the folder `name`, unless it is there → the folder. SFT and score
-    models pass over the data; a policy for one fixed labelling gets the steps of a whole C-DPO run."""
-    cfg, path, scores = job.cfg, job.out / name, name.endswith("_model")
+    """Train a model on the job's pairs into the folder `name`, unless it is there → the folder."""
+    cfg, path, scores = job.cfg, job.out / name, name in ("reward_model", "cost_model")
     if path.exists():
         say(f"{name}: found in {path}")
         return path
@@ -836,7 +836,7 @@ def train_stage(job, name, loss_fn):
         model = load_model(job.reference or job.model, cfg)  # SFT itself begins at the base
     stage = begin(job, name, model)
     steps = cfg.epochs * math.ceil(len(job.train) / cfg.batch_size)
-    steps = cfg.iterations * cfg.dpo_steps if stage.dpo else steps
+    steps = cfg.iterations * cfg.dpo_steps if stage.dpo else steps  # as many as a whole C-DPO run
     rows = draw(len(job.train), 0, min(steps, cfg.max_steps or steps) * cfg.batch_size, cfg.seed, name)
     train(job, stage, job.train, chunks(rows, cfg.batch_size), loss_fn)
     export(job, model, path, **({"score_type": name.removesuffix("_model")} if scores else {}))
@@ -869,10 +869,10 @@ def sample(job, path, prompts, count, key, tokenizer):
     order, results = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), []
     batches = list(enumerate(chunks(order, max(1, cfg.sample_batch // count))))
     for number, batch in tqdm(batches[RANK::WORLD], f"sampling {Path(path).name}", **BAR):
-        width = len(prompts[batch[-1]])  # the last one is the longest
-        ids = torch.tensor([[eos] * (width - len(prompts[i])) + prompts[i] for i in batch], device=DEVICE)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        mask = mask.to(DEVICE)
+        heads = [prompts[i] for i in batch]
+        width = len(heads[-1])  # of the longest
+        ids = torch.tensor([[eos] * (width - len(head)) + head for head in heads], device=DEVICE)
+        mask = torch.tensor([[0] * (width - len(head)) + [1] * len(head) for head in heads], device=DEVICE)
         torch.manual_seed(int(torch.randint(2**60, (), generator=seeded("sample", cfg.seed, key, number))))
         cache = transformers.DynamicCache(config=model.config)
         if width > 1:
@@ -883,21 +883,20 @@ def sample(job, path, prompts, count, key, tokenizer):
         output = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=settings)
         for i, ys in zip(batch, chunks(output[:, width:].tolist(), count)):
             results.append((i, [(y[: y.index(eos) + 1], True) if eos in y else (y, False) for y in ys]))
-    answers = dict(sum(gather(results), []))
-    tokens, seconds = sum(len(y) for rows in answers.values() for y, _ in rows), time.perf_counter() - started
-    say(f"sampling {Path(path).name}: {len(prompts)} × {count} responses, {tokens / seconds:,.0f} tokens/s")
-    return [answers[i] for i in range(len(prompts))]
+    answers = [rows for _, rows in sorted(sum(gather(results), []))]
+    speed = sum(len(y) for rows in answers for y, _ in rows) / (time.perf_counter() - started)
+    say(f"sampling {Path(path).name}: {len(prompts)} × {count} responses, {speed:,.0f} tokens/s")
+    return answers
 
 def score(job, pairs):
-    """Reward, cost and log π_ref of pairs, (3, N, 2). Score models read text, with their own tokenizer and in
-    the template that they were trained with; PeCAN's reward and cost are implicit in two policies."""
+    """Reward, cost and log π_ref of pairs, (3, N, 2); PeCAN's reward and cost are implicit in two policies."""
     ids, scores = [p.ids for p in pairs], []
     ref_logps = infer(job, job.reference, ids, "log π_ref")
     if job.implicit:
-        logps = (infer(job, path, ids, "log π") for path in (job.helpful, job.safe))
+        logps = (infer(job, path, ids, "log π") for path in (job.helpful_model, job.safe_model))
         helpful, safe = (implicit_reward(policy_logps, ref_logps, job.cfg.beta) for policy_logps in logps)
         return torch.stack([helpful, -safe, ref_logps])
-    for flag in ("reward_model", "cost_model"):
+    for flag in ("reward_model", "cost_model"):  # which read text: their own tokenizer, the template they know
         path = str(getattr(job, flag))
         template = getattr(AutoConfig.from_pretrained(path), "prompt_template", BEAVER_TEMPLATE)
         tokenizer = attempt(AutoTokenizer.from_pretrained, path, flag)
@@ -936,25 +935,25 @@ def measure(job, path, prompts, count, key):
     for name, value in values.items():
         numbers |= {f"{name}_mean": float(value.mean()), f"{name}_std": float(value.std()),
                     f"{name}_ci95": ci95(value)}
-    return SimpleNamespace(numbers=numbers, texts=texts, scores=(values["reward"], values["cost"]), pairs=pairs,
-                           pair_scores=pair_scores)
+    scores = values["reward"], values["cost"]
+    return SimpleNamespace(numbers=numbers, texts=texts, scores=scores, pairs=pairs, pair_scores=pair_scores)
 
 # ---- The method --------------------------------------------------------------------------------------------
 def dpo_fit(ref_logps, prob, beta):
     """The loss of (13) as train() takes it: of the outputs for the rows `index`."""
     def loss_fn(logps, index):
-        ref, p = ref_logps[index].to(logps.device), prob[index].to(logps.device)
-        log_ratio = (logps - ref).detach()
-        agrees = (log_ratio[:, 0] > log_ratio[:, 1]) == (p > 0.5)
+        ref, p = (values[index].to(logps.device) for values in (ref_logps, prob))
+        agrees = ((logps - ref).diff()[:, 0] < 0) == (p > 0.5)
         return dpo_loss(logps, ref, p, beta), agrees.float().mean()
     return loss_fn
 
 def constrained_dpo(job, lam):
     """Algorithm 1 of C-DPO: relabel, fit, sample, step λ. → (folder of the best policy, its λ)."""
     cfg, iterate, best = job.cfg, job.out / "iterate", job.out / "policy"
-    once = cfg.method != "cdpo"  # λ is known: one iteration takes all the steps
-    iterations, steps = (1, cfg.iterations * cfg.dpo_steps) if once else (cfg.iterations, cfg.dpo_steps)
-    steps, mode = min(cfg.max_steps or steps, steps), "fixed" if once or cfg.lambda_lr == 0 else cfg.lambda_step
+    iterations, steps, fixed = cfg.iterations, cfg.dpo_steps, cfg.lambda_step == "fixed" or cfg.lambda_lr == 0
+    if cfg.method != "cdpo":  # λ is known: one iteration takes all the steps
+        iterations, steps, fixed = 1, iterations * steps, True
+    steps = min(cfg.max_steps or steps, steps)
     stage = begin(job, "policy", load_model(job.reference, cfg), lam=lam, drawn=0, fresh=[],
                   fresh_scores=torch.zeros(3, 0, 2))
     state, history = stage.state, stage.state["history"]
@@ -970,12 +969,12 @@ def constrained_dpo(job, lam):
         found = measure(job, iterate, job.steering, cfg.lambda_samples, ("step", iteration))
         bound = estimate(found.scores[1], cfg.cost_confidence)                                          # Ĵ_c
         cost = found.scores[1] + (bound - found.scores[1].mean())  # λ steps on the same estimate
-        if mode == "newton" and cost.var(dim=1).mean() > 0:
+        if not fixed and cfg.lambda_step == "newton" and cost.var(dim=1).mean() > 0:
             state["lam"] = newton_lambda_step(lam, cost, job.cost_limit, cfg.beta)
-        elif mode != "fixed":  # also where a collapsed policy leaves Newton no variance
+        elif not fixed:  # also where a collapsed policy leaves Newton no variance
             state["lam"] = lambda_step(lam, cost, job.cost_limit, cfg.lambda_lr)                        # (14)
         state["drawn"] += sum(i < len(job.train) for rows in order for i in rows)
-        if cfg.recycle and mode != "fixed":
+        if cfg.recycle and not fixed:
             state.update(fresh=[vars(pair) for pair in found.pairs], fresh_scores=found.pair_scores)
         history.append({
             "iteration": iteration, "lambda": lam, "next_lambda": state["lam"], **found.numbers,
@@ -987,7 +986,7 @@ def constrained_dpo(job, lam):
         if RANK == 0 and max(history, key=merit) is history[-1]:  # the earlier of equals stays
             remove(best)
             os.replace(iterate, best)
-        write(job.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+        write(job.out / "metrics.jsonl", history)
         save(job, stage)
     remove(iterate)
     chosen = max(history, key=merit)
@@ -997,8 +996,7 @@ def constrained_dpo(job, lam):
     return best, chosen["lambda"]
 
 def pairs_of_iteration(job, state, steps):
-    """The dataset's pairs in their endless order, the last iteration's samples mixed in once each → pairs,
-    scores (reward, cost, log π_ref), the rows of each step."""
+    """The dataset's pairs and the last iteration's samples → pairs, their scores, the rows of each step."""
     size, seed, iteration = job.cfg.batch_size, job.cfg.seed, len(state["history"])
     keep = [i for i, pair in enumerate(state["fresh"]) if pair["ids"][1] != pair["ids"][2]]
     fresh, count = [Pair(**state["fresh"][i]) for i in keep], min(len(keep), steps * size // 2)
@@ -1027,8 +1025,8 @@ def start_lambda(job):
         p = predict(reward, cost, value, cfg.beta)
         text = ("predicted cost {cost:+.3f} [{cost_ci95[0]:+.3f}, {cost_ci95[1]:+.3f}], reward {reward:+.3f} "
                 "[{reward_ci95[0]:+.3f}, {reward_ci95[1]:+.3f}], {ess:.1f} effective samples of ").format(**p)
-        trust = "; too few to be trusted" if p["ess"] < 5 else ""
-        say(f"dual{'* '[value != lam]} λ {value:.4f}: {text}{cost.shape[1]}{trust}")
+        text += f"{cost.shape[1]}{'; too few to be trusted' * (p['ess'] < 5)}"
+        say(f"dual{'* '[value != lam]} λ {value:.4f}: {text}")
     return lam
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
@@ -1044,31 +1042,33 @@ def evaluate(job, policies):
         for prompt, *columns in zip(job.evaluation, found.texts, *(v.tolist() for v in found.scores)):
             samples += [{"policy": name, "prompt": prompt, "response": y, "reward": r, "cost": c}
                         for y, r, c in zip(*columns)]
-    write(job.out / "results.json", json.dumps(rows, indent=2))
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    write(job.out / "samples.jsonl", "".join(lines))
+    write(job.out / "results.json", rows)
+    write(job.out / "samples.jsonl", samples)
     say(f"\nE[cost] ≤ {job.cost_limit:.4g}\n\n{markdown(rows)}\n")
 
 def markdown(rows):
     """The rows of results.json as a Markdown table."""
-    def cell(value):
-        if isinstance(value, list):
-            return "[{:.3f}, {:.3f}]".format(*value)
-        return f"{value:.3f}" if isinstance(value, float) else value or ""
-    columns = ("name lambda reward_mean reward_std reward_ci95 cost_mean cost_std cost_ci95 safe_rate kl "
-               "length_mean true_reward_mean true_cost_mean predicted_cost").split()
-    columns = [key for key in columns if any(key in row for row in rows)]
-    lines = [[key.removesuffix("_mean").replace("_", " ") for key in columns], ["---"] * len(columns)]
-    lines += [[cell(row.get(key)) for key in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    extra = [key for key in ("true_reward_mean", "true_cost_mean", "predicted_cost")
+             if any(key in row for row in rows)]
+    titles = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length",
+              *(key.removesuffix("_mean").replace("_", " ") for key in extra)]
+    text = f"| {' | '.join(titles)} |\n| --- |{' ---: |' * (len(titles) - 1)}"
+    for row in rows:
+        lam = "" if row["lambda"] is None else f"{row['lambda']:.3f}"
+        text += f"\n| {row['name']} | {lam} |"
+        text += "".join(" {0:.3f} ± {1:.3f} | [{2[0]:.3f}, {2[1]:.3f}] |".format(
+            *(row[f"{key}_{part}"] for part in ("mean", "std", "ci95"))) for key in ("reward", "cost"))
+        text += " {safe_rate:.1%} | {kl:.3f} | {length_mean:.1f} |".format(**row)
+        text += "".join(f" {row[key]:.3f} |" if key in row else "  |" for key in extra)
+    return text
 
 # ---- The command -------------------------------------------------------------------------------------------
 def prepare(job):
     """Check the given models and the disk; read, check, tokenize and split the data; try the decoders."""
     cfg = job.cfg
-    given = [(f"{kind}_model", getattr(cfg, f"{kind}_model")) for kind in ("reward", "cost", "helpful", "safe")]
+    given = [(name, getattr(job, name)) for name in MODELS if getattr(job, name)]
     for flag, path in [*given, *(("compare", path) for path in cfg.compare)]:
-        kind = path and getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", None)
+        kind = getattr(attempt(AutoConfig.from_pretrained, path, flag), "score_type", None)
         if kind and f"{kind}_model" != flag:
             refuse(f"--{flag} {path}: its config.json calls it a {kind} model; are two exchanged?")
     job.tokenizer = load_tokenizer(cfg)
@@ -1077,7 +1077,7 @@ def prepare(job):
             job.model = json.dumps({"vocab_size": len(job.tokenizer), **json.loads(job.model)})
     config = load_config(job.model)
     if len(job.tokenizer) > config.vocab_size:
-        refuse(f"the tokenizer has {len(job.tokenizer)} tokens, {job.model} {config.vocab_size}; name its own")
+        refuse(f"tokenizer of {len(job.tokenizer)} tokens, {job.model} of {config.vocab_size}; name its own")
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     models = 2 + (not cfg.sft_model) + (not cfg.reward_model) + (not cfg.cost_model) + len(cfg.lambdas)
@@ -1095,19 +1095,18 @@ def prepare(job):
     job.train = job.train[: cfg.max_steps * cfg.batch_size] if cfg.max_steps else job.train
     job.evaluation, job.steering = prompts_of(job.held_out), prompts_of(steering)
     say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} for the table, {len(job.steering)} for λ")
-    for flag in ("model", "reward_model", "cost_model"):
-        check_rows(job, flag) if getattr(job, flag) else None
+    for flag, path in [("model", job.model), *given]:
+        check_rows(job, path, flag)
 
-def check_rows(job, flag):
+def check_rows(job, source, flag):
     """Try the longest pair both ways, a shared-prompt row and the model's own forward: some decoders get a
     (B, 1, L, L) mask silently wrong (short sliding windows), others scale or cap logits behind the head."""
-    source = getattr(job, flag)
     model = inference_model(source, job.cfg, flag)
     prompt, *ys = max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
     other, y = sorted(ys, key=len)
     row, whole = collate_pairs([(prompt, other, y)]), torch.tensor([prompt + y], device=DEVICE)
     with torch.inference_mode():
-        if flag == "model":
+        if not isinstance(model, ScoreModel):
             logps = model(whole).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
             error = sequence_logps(model, row)[0, 1] - logps[range(len(y)), y].sum()
         else:
@@ -1120,24 +1119,25 @@ def train_models(job):
     """The reference policy and the models of reward and cost (PeCAN: the two policies), unless given."""
     cfg, labelled = job.cfg, job.train + job.held_out
     mean_length = sum(len(y) for pair in job.train for y in pair.ids[1:]) / len(job.train)
-    better, safer = torch.tensor([(pair.better, pair.safer) for pair in labelled]).T
+    first = torch.tensor([(pair.better, 1 - pair.safer) for pair in labelled])  # more helpful, more harmful
     signs = torch.tensor([pair.signs for pair in labelled]).float()
     def columns(values, first):  # values (B, 2) → values[i, first[i]] and the other column
         return values.gather(1, torch.stack([first, 1 - first], dim=1).to(values.device)).unbind(dim=1)
     def sft_loss(logps, index):  # on both: π_ref is then the distribution that the pairs were drawn from
         return -logps.sum(dim=1).mean() / mean_length, torch.zeros((), device=logps.device)
     def reward_loss(rewards, index):
-        chosen, rejected = columns(rewards, better[index])
+        chosen, rejected = columns(rewards, first[index, 0])
         return bradley_terry_loss(chosen, rejected), (chosen > rejected).float().mean()
-    def harm_loss(costs, index):  # the worse response is the one that is not safer
-        worse, safe = columns(costs, 1 - safer[index])
-        loss = cost_loss(worse, safe, *columns(signs[index].to(costs.device), 1 - safer[index]))
-        return loss, (worse > safe).float().mean()
+    def harm_loss(costs, index):
+        worse, better = columns(costs, first[index, 1])
+        loss = cost_loss(worse, better, *columns(signs[index].to(costs.device), first[index, 1]))
+        return loss, (worse > better).float().mean()
     job.reference = job.reference or train_stage(job, "sft", sft_loss)
     if job.implicit:
         ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref")
-        job.helpful = job.helpful or train_stage(job, "helpful", dpo_fit(ref_logps, 1.0 - better, cfg.beta))
-        job.safe = job.safe or train_stage(job, "safe", dpo_fit(ref_logps, 1.0 - safer, cfg.beta))
+        helpful, safe = dpo_fit(ref_logps, 1.0 - first[:, 0], cfg.beta), dpo_fit(ref_logps, 1.0 * first[:, 1], cfg.beta)
+        job.helpful_model = job.helpful_model or train_stage(job, "helpful", helpful)
+        job.safe_model = job.safe_model or train_stage(job, "safe", safe)
         return
     for name, loss_fn in (("reward_model", reward_loss), ("cost_model", harm_loss)):
         if not getattr(job, name):
@@ -1153,9 +1153,8 @@ def train_models(job):
 def run(cfg, out):
     """All stages in order; each finds what an earlier run of the same command has finished."""
     job = SimpleNamespace(cfg=cfg, out=out, model=cfg.sft_model or cfg.model, reference=cfg.sft_model,
-                          reward_model=cfg.reward_model, cost_model=cfg.cost_model, helpful=cfg.helpful_model,
-                          safe=cfg.safe_model, implicit=cfg.method == "pecan", cost_limit=cfg.cost_limit,
-                          prediction=None)
+                          implicit=cfg.method == "pecan", cost_limit=cfg.cost_limit, prediction=None,
+                          **{name: getattr(cfg, name) for name in MODELS})
     prepare(job)
     train_models(job)
     policies = {"SFT": (job.reference, None)}
@@ -1179,13 +1178,10 @@ def run(cfg, out):
 
 def open_folder(out, settings, where):
     """Refuse a folder of something else, or of a run with other settings; with --overwrite, empty a run's."""
-    kept = settings
-    with refusing(where, "it holds no run of this program; name another folder"):
-        if (out / "config.json").exists():
-            kept = json.loads((out / "config.json").read_text())
-            kept["output_dir"]
-        elif others := {f.name for f in out.iterdir()} - {".lock", "config.json.tmp"}:
-            raise FileExistsError(f"it is not empty, it has {others.pop()}")
+    found = {f.name for f in out.iterdir()} - {".lock", "config.json.tmp"}
+    with refusing(f"{where} is not empty", "it holds no run of this program; name another folder"):
+        kept = json.loads((out / "config.json").read_text()) if found else settings
+        kept["output_dir"]
     changed = [f"{key} was {kept.get(key)!r:.80}, is {value!r:.80}" for key, value in settings.items()
                if key not in EXTENDING and kept.get(key) != value]
     if changed and not settings["overwrite"]:
@@ -1195,8 +1191,8 @@ def open_folder(out, settings, where):
     if settings["overwrite"]:
         ours = re.compile(r"(sft|reward_model|cost_model|helpful|safe|policy|iterate|lambda-.*|training"
                           r"|(scores|reference_samples)\.pt|(metrics|results|samples)\.jsonl?)(\.tmp)?")
-        remove(*(f for f in out.iterdir() if ours.fullmatch(f.name)))
-    write(out / "config.json", json.dumps(settings, indent=2, ensure_ascii=False))
+        remove(*(out / name for name in found if ours.fullmatch(name)))
+    write(out / "config.json", settings)
 
 def main(argv=None):
     """The whole program. Refusals are SystemExit(2) with one line on standard error."""
@@ -1223,9 +1219,9 @@ def main(argv=None):
     except BlockingIOError:
         refuse(f"{where}: another process is at work in it; wait for it or name another folder")
     except torch.OutOfMemoryError:
-        print(f"cdpo: out of GPU memory. Halve --tokens_per_batch (now {cfg.tokens_per_batch}) for training "
-              f"or --sample_batch (now {cfg.sample_batch}) for samples. torchrun divides the 16 bytes per "
-              "parameter by the GPUs, --cpu_offload moves them to host memory", file=sys.stderr)
+        print(f"cdpo: out of GPU memory. Halve --tokens_per_batch (now {cfg.tokens_per_batch}) to train or "
+              f"--sample_batch (now {cfg.sample_batch}) to sample. torchrun divides the 16 bytes per parameter "
+              "by the GPUs, --cpu_offload moves them to host memory", file=sys.stderr)
         raise
     except Exception as error:  # torch and safetensors report a full disk in classes of their own
         full = "No space left" in str(error) or "failed writing" in str(error)

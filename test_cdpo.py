@@ -572,7 +572,7 @@ def enumerate_world(folder, prompts):
     answers = [" ".join(words) for n in (1, 2, 3) for words in itertools.product(cdpo.TINY_WORDS, repeat=n)]
     cfg = cdpo.Config(**json.loads((folder / "config.json").read_text()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
-    job = SimpleNamespace(cfg=cfg, pad_id=0)
+    job = SimpleNamespace(cfg=cfg)
     pairs = [cdpo.Pair(x, (answers[i], answers[i + 1])) for x in prompts for i in range(0, len(answers), 2)]
     ids, _ = cdpo.with_ids(pairs, tokenizer, cfg.template, 64)
     tables = [cdpo.infer(job, folder / name, ids, name, flag).double().view(len(prompts), -1) for name, flag in (
@@ -645,7 +645,7 @@ def test_the_training_model_starts_as_the_reference(tiny):
     model, _ = cdpo.training_model(cdpo.load_model(tiny / "sft", cfg), cdpo.sequence_logps, cfg, 1e-3)
     pairs = [cdpo.Pair("mix oil", ("read wait cut", "ask ask force")), cdpo.Pair("sell car", ("cut push", "burn"))]
     ids, _ = cdpo.with_ids(pairs, transformers.AutoTokenizer.from_pretrained(tiny / "sft"), cfg.template, 32)
-    ref_logps = cdpo.infer(SimpleNamespace(cfg=cfg, pad_id=0), tiny / "sft", ids, "log π_ref")
+    ref_logps = cdpo.infer(SimpleNamespace(cfg=cfg), tiny / "sft", ids, "log π_ref")
     assert (model(cdpo.collate_pairs(ids)) - ref_logps).abs().max() < 1e-4
 
 
@@ -705,7 +705,7 @@ def test_samples_are_from_the_policy_whatever_the_checkpoint_s_generation_config
                                                             repetition_penalty=5.0)
     model.save_pretrained(tmp_path)
     cfg = cdpo.Config(max_new_tokens=2, sample_batch=20000, dtype="float32")
-    job, tokenizer = SimpleNamespace(cfg=cfg, pad_id=0), SimpleNamespace(eos_token_id=0)
+    job, tokenizer = SimpleNamespace(cfg=cfg), SimpleNamespace(eos_token_id=0)
     prompts = [[5, 6, 7], [9]]
     answers = cdpo.sample(job, tmp_path, prompts, 8000, "test", tokenizer)
     for prompt, drawn in zip(prompts, answers):
