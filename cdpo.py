@@ -688,11 +688,11 @@ def remove(*paths):
         shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
 
 def write(path, value):
-    """Write JSON, or a list as JSON lines, whole or not at all."""
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in value]
+    """Write JSON or, where the name asks for them, JSON lines: whole or not at all."""
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in value] if path.suffix == ".jsonl" else []
     with atomic(path) as temporary:
         if RANK == 0:
-            temporary.write_text("".join(lines) if path.suffix == ".jsonl" else json.dumps(value, indent=2))
+            temporary.write_text("\n".join([*lines, ""]) if lines else json.dumps(value, indent=2), encoding="utf-8")
 
 def cached(job, name, compute, *source):
     """Scores, from a file with the fingerprint of `source` and of the models, or computed and written."""
@@ -717,7 +717,7 @@ def begin(job, name, model, **state):
     dpo = name not in ("sft", "reward_model", "cost_model")
     model, optimizer = training_model(model, pair_scores if isinstance(model, ScoreModel) else sequence_logps,
                                       job.cfg, job.cfg.learning_rate if dpo else job.cfg.sft_learning_rate)
-    state = {"step": 0, "sums": torch.zeros(2).double(), "history": [], **state}
+    state = {"losses": [], "history": [], **state}
     if folders := sorted((job.out / "training").glob(f"{name}-*[0-9]")):
         advice = "start as many processes as wrote it, or delete it to begin the stage again"
         with refusing(f"{folders[-1]}: cannot be read", advice):
@@ -725,14 +725,14 @@ def begin(job, name, model, **state):
             model.load_state_dict(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
         state = kept["state"]
-        say(f"{name}: going on from step {state['step']} of iteration {len(state['history'])}")
+        say(f"{name}: going on from step {len(state['losses'])} of iteration {len(state['history'])}")
     return SimpleNamespace(name=name, dpo=dpo, model=model, optimizer=optimizer, state=state)
 
 def save(job, stage):
     """Keep weights, optimizer and state, in place of the last ones; every process writes its own shards."""
     if job.cfg.no_checkpoint:
         return
-    name = f"{stage.name}-{len(stage.state['history']):06d}-{stage.state['step']:06d}"
+    name = f"{stage.name}-{len(stage.state['history']):06d}-{len(stage.state['losses']):06d}"
     older = list((job.out / "training").glob(f"{stage.name}-*"))
     with atomic(job.out / "training" / name) as folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -767,7 +767,8 @@ def throughput(title, model, ids, seconds, training):
                "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     text = "{pairs_per_second:,.1f} pairs/s, {tokens_per_second:,.0f} tokens/s, peak {peak_memory_gb:.2f} GB"
     if GPU:
-        text, numbers["peak_memory_gb"] = text + ", MFU {mfu:.0%}", torch.cuda.max_memory_allocated() / 1e9
+        text += ", MFU {mfu:.0%}"
+        numbers["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         config, head = model.config, model.get_output_embeddings()
         head = 0 if head is None else head.weight.numel()
         body = model.num_parameters(exclude_embeddings=True) - (0 if config.tie_word_embeddings else head)
@@ -783,11 +784,11 @@ def throughput(title, model, ids, seconds, training):
 def train(job, stage, pairs, order, loss_fn):
     """The one training loop: `order` has each step's rows, `loss_fn(outputs, rows)` → (mean loss, accuracy).
     Micro-batches of similar length are weighed by their pairs: the gradient is the step's mean whatever the
-    cut and the number of processes. → mean loss, mean accuracy, throughput()."""
+    cut and the number of processes. → mean loss and accuracy, first loss, throughput()."""
     cfg, name, model, optimizer, state = job.cfg, stage.name, stage.model, stage.optimizer, stage.state
-    seconds, saved, resumed = 1e-9, time.monotonic(), state["step"]
+    seconds, saved, resumed = 1e-9, time.monotonic(), len(state["losses"])
     for step in tqdm(range(resumed, len(order)), name, initial=resumed, total=len(order), **BAR):
-        started, rows, losses, sums = time.perf_counter(), order[step], [], torch.zeros(2, device=DEVICE)
+        started, rows, parts, sums = time.perf_counter(), order[step], [], torch.zeros(2, device=DEVICE)
         warm = min(1.0, (len(state["history"]) * len(order) + step + 1) / 10)
         decay = 1 if stage.dpo else 1 - step / len(order)
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * warm * decay
@@ -795,31 +796,29 @@ def train(job, stage, pairs, order, loss_fn):
             index = torch.tensor([rows[i] for i in group or [0]])  # weight 0 where only other ranks have work
             loss, accuracy = loss_fn(model(collate_pairs([pairs[i].ids for i in index])), index)
             (loss * WORLD * len(group) / len(rows)).backward()  # FSDP2 averages over the ranks
-            losses.append((loss.detach(), index.tolist()))
+            parts.append((loss.detach(), index.tolist()))
             sums += torch.stack([loss.detach(), accuracy]) * len(group) / len(rows)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        *sums, norm = torch.tensor(gather([*sums.tolist(), norm.item()])).sum(dim=0)
-        if not torch.isfinite(sums[0] + norm):
-            bad = gather([i for loss, index in losses if not torch.isfinite(loss) for i in index])
+        loss, accuracy, norm = torch.tensor(gather([*sums.tolist(), norm.item()])).sum(dim=0).tolist()
+        if not math.isfinite(loss + norm):
+            bad = gather([i for part, index in parts if not torch.isfinite(part) for i in index])
             bad = sorted(sum(bad, []) or rows)
-            refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the "
-                   f"first {pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend them; the last "
-                   "checkpoint stays", code=1)
+            refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the first "
+                   f"{pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend them, then go on", code=1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step == 0 and not state["history"]:
-            first = state["first_loss"] = float(sums[0])
-            if stage.dpo and abs(first - math.log(2)) > (1e-4 if cfg.dtype == "float32" else 2e-3):
-                say(f"warning: {name}: the first loss is {first:.5f}, not ln 2: policy and reference differ")
-        state.update(step=step + 1, sums=state["sums"] + torch.stack(sums))
+        state["losses"].append((loss, accuracy))
         seconds += time.perf_counter() - started
         if step + 1 < len(order) and gather(time.monotonic() - saved > 60 * cfg.save_minutes)[0]:
             save(job, stage)
             saved = time.monotonic()
-    loss, accuracy = (state["sums"] / len(order)).tolist()
-    state.update(step=0, sums=torch.zeros(2).double())
-    title, done = f"{name}: {len(order)} steps, mean loss {loss:.4f}", sum(order[resumed:], [])
-    return loss, accuracy, throughput(title, model, [pairs[i].ids for i in done], seconds, training=True)
+    losses, state["losses"] = state["losses"], []
+    loss, accuracy, first = *(sum(column) / len(order) for column in zip(*losses)), losses[0][0]
+    tolerance = 1e-4 if cfg.dtype == "float32" else 2e-3
+    if stage.dpo and not state["history"] and abs(first - math.log(2)) > tolerance:
+        say(f"warning: {name}: the first loss is {first:.5f}, not ln 2: policy and reference differ")
+    title, done = f"{name}: {len(order)} steps, mean loss {loss:.4f}", [i for rows in order[resumed:] for i in rows]
+    return loss, accuracy, first, throughput(title, model, [pairs[i].ids for i in done], seconds, training=True)
 
 def train_stage(job, name, loss_fn):
     """Train a model on the job's pairs into the folder `name`, unless it is there → the folder."""
@@ -889,14 +888,14 @@ def sample(job, path, prompts, count, key, tokenizer):
     return answers
 
 def score(job, pairs):
-    """Reward, cost and log π_ref of pairs, (3, N, 2); PeCAN's reward and cost are implicit in two policies."""
+    """Reward, cost and log π_ref of pairs, (3, N, 2). PeCAN's reward and cost are implicit in policies."""
     ids, scores = [p.ids for p in pairs], []
     ref_logps = infer(job, job.reference, ids, "log π_ref")
     if job.implicit:
         logps = (infer(job, path, ids, "log π") for path in (job.helpful_model, job.safe_model))
         helpful, safe = (implicit_reward(policy_logps, ref_logps, job.cfg.beta) for policy_logps in logps)
         return torch.stack([helpful, -safe, ref_logps])
-    for flag in ("reward_model", "cost_model"):  # which read text: their own tokenizer, the template they know
+    for flag in ("reward_model", "cost_model"):  # they read text: own tokenizer, own template
         path = str(getattr(job, flag))
         template = getattr(AutoConfig.from_pretrained(path), "prompt_template", BEAVER_TEMPLATE)
         tokenizer = attempt(AutoTokenizer.from_pretrained, path, flag)
@@ -908,8 +907,7 @@ def measure(job, path, prompts, count, key):
     """Sample a policy and score it → namespace: numbers, for metrics.jsonl and results.json; texts and scores
     (reward, cost), each (n prompts, count); the samples as pairs; pair_scores, as from score()."""
     cfg, texts, pairs, is_reference = job.cfg, [], [], str(path) == str(job.reference)
-    if cfg.max_steps:
-        prompts = prompts[: max(2, cfg.max_steps * cfg.sample_batch // count)]
+    prompts = prompts[: max(2, cfg.max_steps * cfg.sample_batch // count)] if cfg.max_steps else prompts
     own = job.tokenizer if is_reference else attempt(AutoTokenizer.from_pretrained, path, "compare")
     heads = [head for head, _ in encode(own, cfg.template, [(x, "", False) for x in prompts], 10**6)[0]]
     for prompt, head, answers in zip(prompts, heads, sample(job, path, heads, count, key, own)):
@@ -964,7 +962,7 @@ def constrained_dpo(job, lam):
         iteration, lam, started = len(history), state["lam"], time.perf_counter()
         pairs, (reward, cost, ref_logps), order = pairs_of_iteration(job, state, steps)
         prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, iteration))            # (12)
-        loss, accuracy, speed = train(job, stage, pairs, order, dpo_fit(ref_logps, prob, cfg.beta))     # (13)
+        loss, accuracy, first, speed = train(job, stage, pairs, order, dpo_fit(ref_logps, prob, cfg.beta))  # (13)
         export(job, stage.model, iterate)
         found = measure(job, iterate, job.steering, cfg.lambda_samples, ("step", iteration))
         bound = estimate(found.scores[1], cfg.cost_confidence)                                          # Ĵ_c
@@ -978,8 +976,8 @@ def constrained_dpo(job, lam):
             state.update(fresh=[vars(pair) for pair in found.pairs], fresh_scores=found.pair_scores)
         history.append({
             "iteration": iteration, "lambda": lam, "next_lambda": state["lam"], **found.numbers,
-            "cost_bound": bound, "dpo_loss": loss, "dpo_accuracy": accuracy,
-            "first_dpo_loss": state["first_loss"], **speed, "seconds": time.perf_counter() - started})
+            "cost_bound": bound, "dpo_loss": loss, "dpo_accuracy": accuracy, "first_dpo_loss": first, **speed,
+            "seconds": time.perf_counter() - started})
         say("iteration {iteration}: λ {lambda:.4f}, cost {cost_mean:+.3f} [{cost_ci95[0]:+.3f}, "
             "{cost_ci95[1]:+.3f}], reward {reward_mean:+.3f}, KL {kl:.3f}; next λ {next_lambda:.4f}"
             .format(**history[-1]))
@@ -991,8 +989,7 @@ def constrained_dpo(job, lam):
     remove(iterate)
     chosen = max(history, key=merit)
     if chosen["cost_bound"] > job.cost_limit:
-        say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the one of least cost; try more "
-            "--iterations or --dpo_steps, or a higher --cost_limit")
+        say(f"no iterate meets the limit {job.cost_limit:.4g}: kept that of least cost; try more --iterations")
     return best, chosen["lambda"]
 
 def pairs_of_iteration(job, state, steps):
@@ -1119,25 +1116,25 @@ def train_models(job):
     """The reference policy and the models of reward and cost (PeCAN: the two policies), unless given."""
     cfg, labelled = job.cfg, job.train + job.held_out
     mean_length = sum(len(y) for pair in job.train for y in pair.ids[1:]) / len(job.train)
-    first = torch.tensor([(pair.better, 1 - pair.safer) for pair in labelled])  # more helpful, more harmful
+    better, safer = torch.tensor([(pair.better, pair.safer) for pair in labelled]).T
+    by_help, by_harm = (torch.stack([first, 1 - first], dim=1) for first in (better, 1 - safer))  # columns
     signs = torch.tensor([pair.signs for pair in labelled]).float()
-    def columns(values, first):  # values (B, 2) → values[i, first[i]] and the other column
-        return values.gather(1, torch.stack([first, 1 - first], dim=1).to(values.device)).unbind(dim=1)
     def sft_loss(logps, index):  # on both: π_ref is then the distribution that the pairs were drawn from
         return -logps.sum(dim=1).mean() / mean_length, torch.zeros((), device=logps.device)
     def reward_loss(rewards, index):
-        chosen, rejected = columns(rewards, first[index, 0])
+        chosen, rejected = rewards.gather(1, by_help[index].to(rewards.device)).T
         return bradley_terry_loss(chosen, rejected), (chosen > rejected).float().mean()
     def harm_loss(costs, index):
-        worse, better = columns(costs, first[index, 1])
-        loss = cost_loss(worse, better, *columns(signs[index].to(costs.device), first[index, 1]))
-        return loss, (worse > better).float().mean()
+        order = by_harm[index].to(costs.device)
+        worse, safe = costs.gather(1, order).T
+        loss = cost_loss(worse, safe, *signs[index].to(costs.device).gather(1, order).T)
+        return loss, (worse > safe).float().mean()
     job.reference = job.reference or train_stage(job, "sft", sft_loss)
     if job.implicit:
         ref_logps = infer(job, job.reference, [p.ids for p in job.train], "log π_ref")
-        helpful, safe = dpo_fit(ref_logps, 1.0 - first[:, 0], cfg.beta), dpo_fit(ref_logps, 1.0 * first[:, 1], cfg.beta)
-        job.helpful_model = job.helpful_model or train_stage(job, "helpful", helpful)
-        job.safe_model = job.safe_model or train_stage(job, "safe", safe)
+        help_loss, safe_loss = (dpo_fit(ref_logps, 1.0 - first, cfg.beta) for first in (better, safer))
+        job.helpful_model = job.helpful_model or train_stage(job, "helpful", help_loss)
+        job.safe_model = job.safe_model or train_stage(job, "safe", safe_loss)
         return
     for name, loss_fn in (("reward_model", reward_loss), ("cost_model", harm_loss)):
         if not getattr(job, name):
@@ -1219,9 +1216,9 @@ def main(argv=None):
     except BlockingIOError:
         refuse(f"{where}: another process is at work in it; wait for it or name another folder")
     except torch.OutOfMemoryError:
-        print(f"cdpo: out of GPU memory. Halve --tokens_per_batch (now {cfg.tokens_per_batch}) to train or "
-              f"--sample_batch (now {cfg.sample_batch}) to sample. torchrun divides the 16 bytes per parameter "
-              "by the GPUs, --cpu_offload moves them to host memory", file=sys.stderr)
+        print(f"cdpo: out of GPU memory. Halve --tokens_per_batch (now {cfg.tokens_per_batch}) or --sample_batch "
+              f"(now {cfg.sample_batch}); torchrun and --cpu_offload divide or move the 16 bytes per parameter",
+              file=sys.stderr)
         raise
     except Exception as error:  # torch and safetensors report a full disk in classes of their own
         full = "No space left" in str(error) or "failed writing" in str(error)
