@@ -651,8 +651,7 @@ def say(text):
 def gather(value):
     """A value of every process, in their order."""
     values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value) if WORLD > 1 else None
     return values
 
 @contextmanager
@@ -668,8 +667,7 @@ def atomic(path):
         if RANK == 0:
             for entry in [*temporary.rglob("*"), temporary]:
                 sync(entry)
-            if path.is_dir():
-                remove(path)
+            remove(path) if path.is_dir() else None
             os.replace(temporary, path)
             sync(path.parent)
         gather(None)
@@ -689,10 +687,11 @@ def remove(*paths):
 
 def write(path, value):
     """Write JSON or, where the name asks for them, JSON lines: whole or not at all."""
-    lines = [json.dumps(entry, ensure_ascii=False) for entry in value] if path.suffix == ".jsonl" else []
+    text = json.dumps(value, indent=2)
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in value)
     with atomic(path) as temporary:
-        if RANK == 0:
-            temporary.write_text("\n".join([*lines, ""]) if lines else json.dumps(value, indent=2), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8") if RANK == 0 else None
 
 def cached(job, name, compute, *source):
     """Scores, from a file with the fingerprint of `source` and of the models, or computed and written."""
@@ -719,8 +718,7 @@ def begin(job, name, model, **state):
                                       job.cfg, job.cfg.learning_rate if dpo else job.cfg.sft_learning_rate)
     state = {"losses": [], "history": [], **state}
     if folders := sorted((job.out / "training").glob(f"{name}-*[0-9]")):
-        advice = "start as many processes as wrote it, or delete it to begin the stage again"
-        with refusing(f"{folders[-1]}: cannot be read", advice):
+        with refusing(f"{folders[-1]}: cannot be read", "start as many processes as wrote it, or delete it"):
             kept = torch.load(folders[-1] / f"{RANK}-of-{WORLD}.pt", "cpu", weights_only=True, mmap=True)
             model.load_state_dict(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
@@ -784,7 +782,7 @@ def throughput(title, model, ids, seconds, training):
 def train(job, stage, pairs, order, loss_fn):
     """The one training loop: `order` has each step's rows, `loss_fn(outputs, rows)` → (mean loss, accuracy).
     Micro-batches of similar length are weighed by their pairs: the gradient is the step's mean whatever the
-    cut and the number of processes. → mean loss and accuracy, first loss, throughput()."""
+    cut and the number of processes. → the numbers of it for metrics.jsonl."""
     cfg, name, model, optimizer, state = job.cfg, stage.name, stage.model, stage.optimizer, stage.state
     seconds, saved, resumed = 1e-9, time.monotonic(), len(state["losses"])
     for step in tqdm(range(resumed, len(order)), name, initial=resumed, total=len(order), **BAR):
@@ -803,8 +801,8 @@ def train(job, stage, pairs, order, loss_fn):
         if not math.isfinite(loss + norm):
             bad = gather([i for part, index in parts if not torch.isfinite(part) for i in index])
             bad = sorted(sum(bad, []) or rows)
-            refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the first "
-                   f"{pairs[bad[0]].prompt[:60]!r}; lower the learning rate or mend them, then go on", code=1)
+            refuse(f"{name}: loss or gradient is not finite at step {step}, in training pairs {bad}, the "
+                   f"first {pairs[bad[0]].prompt[:60]!r}; mend them or lower the learning rate", code=1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state["losses"].append((loss, accuracy))
@@ -817,8 +815,9 @@ def train(job, stage, pairs, order, loss_fn):
     tolerance = 1e-4 if cfg.dtype == "float32" else 2e-3
     if stage.dpo and not state["history"] and abs(first - math.log(2)) > tolerance:
         say(f"warning: {name}: the first loss is {first:.5f}, not ln 2: policy and reference differ")
-    title, done = f"{name}: {len(order)} steps, mean loss {loss:.4f}", [i for rows in order[resumed:] for i in rows]
-    return loss, accuracy, first, throughput(title, model, [pairs[i].ids for i in done], seconds, training=True)
+    title, done = f"{name}: {len(order)} steps, mean loss {loss:.4f}", order[resumed:]
+    speed = throughput(title, model, [pairs[i].ids for rows in done for i in rows], seconds, training=True)
+    return {"dpo_loss": loss, "dpo_accuracy": accuracy, "first_dpo_loss": first, **speed}
 
 def train_stage(job, name, loss_fn):
     """Train a model on the job's pairs into the folder `name`, unless it is there → the folder."""
@@ -962,11 +961,12 @@ def constrained_dpo(job, lam):
         iteration, lam, started = len(history), state["lam"], time.perf_counter()
         pairs, (reward, cost, ref_logps), order = pairs_of_iteration(job, state, steps)
         prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, iteration))            # (12)
-        loss, accuracy, first, speed = train(job, stage, pairs, order, dpo_fit(ref_logps, prob, cfg.beta))  # (13)
+        numbers = train(job, stage, pairs, order, dpo_fit(ref_logps, prob, cfg.beta))                   # (13)
         export(job, stage.model, iterate)
         found = measure(job, iterate, job.steering, cfg.lambda_samples, ("step", iteration))
-        bound = estimate(found.scores[1], cfg.cost_confidence)                                          # Ĵ_c
-        cost = found.scores[1] + (bound - found.scores[1].mean())  # λ steps on the same estimate
+        cost = found.scores[1]
+        bound = estimate(cost, cfg.cost_confidence)                                                     # Ĵ_c
+        cost = cost + (bound - cost.mean())  # so that the step of λ uses the same estimate
         if not fixed and cfg.lambda_step == "newton" and cost.var(dim=1).mean() > 0:
             state["lam"] = newton_lambda_step(lam, cost, job.cost_limit, cfg.beta)
         elif not fixed:  # also where a collapsed policy leaves Newton no variance
@@ -974,10 +974,8 @@ def constrained_dpo(job, lam):
         state["drawn"] += sum(i < len(job.train) for rows in order for i in rows)
         if cfg.recycle and not fixed:
             state.update(fresh=[vars(pair) for pair in found.pairs], fresh_scores=found.pair_scores)
-        history.append({
-            "iteration": iteration, "lambda": lam, "next_lambda": state["lam"], **found.numbers,
-            "cost_bound": bound, "dpo_loss": loss, "dpo_accuracy": accuracy, "first_dpo_loss": first, **speed,
-            "seconds": time.perf_counter() - started})
+        history.append({"iteration": iteration, "lambda": lam, "next_lambda": state["lam"], **found.numbers,
+                        "cost_bound": bound, **numbers, "seconds": time.perf_counter() - started})
         say("iteration {iteration}: λ {lambda:.4f}, cost {cost_mean:+.3f} [{cost_ci95[0]:+.3f}, "
             "{cost_ci95[1]:+.3f}], reward {reward_mean:+.3f}, KL {kl:.3f}; next λ {next_lambda:.4f}"
             .format(**history[-1]))
@@ -989,7 +987,7 @@ def constrained_dpo(job, lam):
     remove(iterate)
     chosen = max(history, key=merit)
     if chosen["cost_bound"] > job.cost_limit:
-        say(f"no iterate meets the limit {job.cost_limit:.4g}: kept that of least cost; try more --iterations")
+        say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the least cost; try more --iterations")
     return best, chosen["lambda"]
 
 def pairs_of_iteration(job, state, steps):
@@ -1041,23 +1039,19 @@ def evaluate(job, policies):
                         for y, r, c in zip(*columns)]
     write(job.out / "results.json", rows)
     write(job.out / "samples.jsonl", samples)
-    say(f"\nE[cost] ≤ {job.cost_limit:.4g}\n\n{markdown(rows)}\n")
-
-def markdown(rows):
-    """The rows of results.json as a Markdown table."""
     extra = [key for key in ("true_reward_mean", "true_cost_mean", "predicted_cost")
              if any(key in row for row in rows)]
     titles = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length",
               *(key.removesuffix("_mean").replace("_", " ") for key in extra)]
-    text = f"| {' | '.join(titles)} |\n| --- |{' ---: |' * (len(titles) - 1)}"
-    for row in rows:
-        lam = "" if row["lambda"] is None else f"{row['lambda']:.3f}"
-        text += f"\n| {row['name']} | {lam} |"
-        text += "".join(" {0:.3f} ± {1:.3f} | [{2[0]:.3f}, {2[1]:.3f}] |".format(
-            *(row[f"{key}_{part}"] for part in ("mean", "std", "ci95"))) for key in ("reward", "cost"))
-        text += " {safe_rate:.1%} | {kl:.3f} | {length_mean:.1f} |".format(**row)
-        text += "".join(f" {row[key]:.3f} |" if key in row else "  |" for key in extra)
-    return text
+    form = (" | {lambda:.3f} | {reward_mean:.3f} ± {reward_std:.3f} | [{reward_ci95[0]:.3f}, {reward_ci95[1]:.3f}]"
+            " | {cost_mean:.3f} ± {cost_std:.3f} | [{cost_ci95[0]:.3f}, {cost_ci95[1]:.3f}] | {safe_rate:.1%}"
+            " | {kl:.3f} | {length_mean:.1f}" + "".join(f" | {{{key}:.3f}}" for key in extra))
+    lines = [" | ".join(titles), "---" + " | ---:" * (len(titles) - 1)]
+    for row in rows:  # what a row does not have is left blank
+        known = {key: value for key, value in row.items() if value is not None}
+        known = {**dict.fromkeys(["lambda", *extra], math.nan), **known}
+        lines.append(row["name"] + form.format(**known).replace("nan", ""))
+    say(f"\nE[cost] ≤ {job.cost_limit:.4g}\n\n" + "".join(f"| {line} |\n" for line in lines))
 
 # ---- The command -------------------------------------------------------------------------------------------
 def prepare(job):
@@ -1198,8 +1192,7 @@ def main(argv=None):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
-    if GPU:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0))) if GPU else None
     if (GPU or WORLD > 1 or cfg.dtype == "bfloat16") and not dist.is_initialized():
         alone = {} if WORLD > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", **alone)
@@ -1216,9 +1209,9 @@ def main(argv=None):
     except BlockingIOError:
         refuse(f"{where}: another process is at work in it; wait for it or name another folder")
     except torch.OutOfMemoryError:
-        print(f"cdpo: out of GPU memory. Halve --tokens_per_batch (now {cfg.tokens_per_batch}) or --sample_batch "
-              f"(now {cfg.sample_batch}); torchrun and --cpu_offload divide or move the 16 bytes per parameter",
-              file=sys.stderr)
+        print(f"cdpo: out of GPU memory. Halve --tokens_per_batch (now {cfg.tokens_per_batch}) to train or "
+              f"--sample_batch (now {cfg.sample_batch}) to sample; torchrun divides the 16 bytes per "
+              "parameter, --cpu_offload moves them to host memory", file=sys.stderr)
         raise
     except Exception as error:  # torch and safetensors report a full disk in classes of their own
         full = "No space left" in str(error) or "failed writing" in str(error)
