@@ -716,21 +716,21 @@ def begin(job, name, model, **state):
     dpo = name not in ("sft", "reward_model", "cost_model")
     model, optimizer = training_model(model, pair_scores if isinstance(model, ScoreModel) else sequence_logps,
                                       job.cfg, job.cfg.learning_rate if dpo else job.cfg.sft_learning_rate)
-    state = {"losses": [], "history": [], **state}
+    state = {"steps": [], "history": [], **state}  # steps of this iteration, entries of the ones before
     if folders := sorted((job.out / "training").glob(f"{name}-*[0-9]")):
         with refusing(f"{folders[-1]}: cannot be read", "start as many processes as wrote it, or delete it"):
             kept = torch.load(folders[-1] / f"{RANK}-of-{WORLD}.pt", "cpu", weights_only=True, mmap=True)
             model.load_state_dict(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
         state = kept["state"]
-        say(f"{name}: going on from step {len(state['losses'])} of iteration {len(state['history'])}")
+        say(f"{name}: going on from step {len(state['steps'])} of iteration {len(state['history'])}")
     return SimpleNamespace(name=name, dpo=dpo, model=model, optimizer=optimizer, state=state)
 
 def save(job, stage):
     """Keep weights, optimizer and state, in place of the last ones; every process writes its own shards."""
     if job.cfg.no_checkpoint:
         return
-    name = f"{stage.name}-{len(stage.state['history']):06d}-{len(stage.state['losses']):06d}"
+    name = f"{stage.name}-{len(stage.state['history']):06d}-{len(stage.state['steps']):06d}"
     older = list((job.out / "training").glob(f"{stage.name}-*"))
     with atomic(job.out / "training" / name) as folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -784,7 +784,7 @@ def train(job, stage, pairs, order, loss_fn):
     Micro-batches of similar length are weighed by their pairs: the gradient is the step's mean whatever the
     cut and the number of processes. → the numbers of it for metrics.jsonl."""
     cfg, name, model, optimizer, state = job.cfg, stage.name, stage.model, stage.optimizer, stage.state
-    seconds, saved, resumed = 1e-9, time.monotonic(), len(state["losses"])
+    saved, resumed = time.monotonic(), len(state["steps"])
     for step in tqdm(range(resumed, len(order)), name, initial=resumed, total=len(order), **BAR):
         started, rows, parts, sums = time.perf_counter(), order[step], [], torch.zeros(2, device=DEVICE)
         warm = min(1.0, (len(state["history"]) * len(order) + step + 1) / 10)
@@ -805,18 +805,18 @@ def train(job, stage, pairs, order, loss_fn):
                    f"first {pairs[bad[0]].prompt[:60]!r}; mend them or lower the learning rate", code=1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        state["losses"].append((loss, accuracy))
-        seconds += time.perf_counter() - started
+        state["steps"].append((loss, accuracy, time.perf_counter() - started))
         if step + 1 < len(order) and gather(time.monotonic() - saved > 60 * cfg.save_minutes)[0]:
             save(job, stage)
             saved = time.monotonic()
-    losses, state["losses"] = state["losses"], []
-    loss, accuracy, first = *(sum(column) / len(order) for column in zip(*losses)), losses[0][0]
-    tolerance = 1e-4 if cfg.dtype == "float32" else 2e-3
-    if stage.dpo and not state["history"] and abs(first - math.log(2)) > tolerance:
+    steps, state["steps"] = state["steps"], []
+    loss, accuracy, seconds = (sum(column) for column in zip(*steps))
+    loss, accuracy, first = loss / len(order), accuracy / len(order), steps[0][0]
+    off = abs(first - math.log(2)) > (1e-4 if cfg.dtype == "float32" else 2e-3)
+    if off and stage.dpo and not state["history"]:
         say(f"warning: {name}: the first loss is {first:.5f}, not ln 2: policy and reference differ")
-    title, done = f"{name}: {len(order)} steps, mean loss {loss:.4f}", order[resumed:]
-    speed = throughput(title, model, [pairs[i].ids for rows in done for i in rows], seconds, training=True)
+    ids = [pairs[i].ids for rows in order for i in rows]
+    speed = throughput(f"{name}: {len(order)} steps, loss {loss:.4f}", model, ids, seconds, training=True)
     return {"dpo_loss": loss, "dpo_accuracy": accuracy, "first_dpo_loss": first, **speed}
 
 def train_stage(job, name, loss_fn):
@@ -1024,7 +1024,6 @@ def start_lambda(job):
         say(f"dual{'* '[value != lam]} λ {value:.4f}: {text}")
     return lam
 
-# ---- Evaluation --------------------------------------------------------------------------------------------
 def evaluate(job, policies):
     """Measure policies {name: (folder, λ)} on the table's prompts; write and print the table."""
     rows, samples = [], []
@@ -1043,9 +1042,9 @@ def evaluate(job, policies):
              if any(key in row for row in rows)]
     titles = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length",
               *(key.removesuffix("_mean").replace("_", " ") for key in extra)]
-    form = (" | {lambda:.3f} | {reward_mean:.3f} ± {reward_std:.3f} | [{reward_ci95[0]:.3f}, {reward_ci95[1]:.3f}]"
-            " | {cost_mean:.3f} ± {cost_std:.3f} | [{cost_ci95[0]:.3f}, {cost_ci95[1]:.3f}] | {safe_rate:.1%}"
-            " | {kl:.3f} | {length_mean:.1f}" + "".join(f" | {{{key}:.3f}}" for key in extra))
+    form = (" | {lambda:.3f} | {reward_mean:.3f} ± {reward_std:.3f} | [{reward_ci95[0]:.3f}, "
+            "{reward_ci95[1]:.3f}] | {cost_mean:.3f} ± {cost_std:.3f} | [{cost_ci95[0]:.3f}, {cost_ci95[1]"
+            ":.3f}] | {safe_rate:.1%} | {kl:.3f} | {length_mean:.1f}" + "".join(f" | {{{k}:.3f}}" for k in extra))
     lines = [" | ".join(titles), "---" + " | ---:" * (len(titles) - 1)]
     for row in rows:  # what a row does not have is left blank
         known = {key: value for key, value in row.items() if value is not None}
