@@ -1043,8 +1043,9 @@ def evaluate(job, policies):
     titles = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length",
               *(key.removesuffix("_mean").replace("_", " ") for key in extra)]
     form = (" | {lambda:.3f} | {reward_mean:.3f} ± {reward_std:.3f} | [{reward_ci95[0]:.3f}, "
-            "{reward_ci95[1]:.3f}] | {cost_mean:.3f} ± {cost_std:.3f} | [{cost_ci95[0]:.3f}, {cost_ci95[1]"
-            ":.3f}] | {safe_rate:.1%} | {kl:.3f} | {length_mean:.1f}" + "".join(f" | {{{k}:.3f}}" for k in extra))
+            "{reward_ci95[1]:.3f}] | {cost_mean:.3f} ± {cost_std:.3f} | [{cost_ci95[0]:.3f}, "
+            "{cost_ci95[1]:.3f}] | {safe_rate:.1%} | {kl:.3f} | {length_mean:.1f}")
+    form += "".join(f" | {{{key}:.3f}}" for key in extra)
     lines = [" | ".join(titles), "---" + " | ---:" * (len(titles) - 1)]
     for row in rows:  # what a row does not have is left blank
         known = {key: value for key, value in row.items() if value is not None}
