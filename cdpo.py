@@ -12,8 +12,7 @@ any training, in closed form on samples of π_ref; they are the same program wit
     python cdpo.py --model meta-llama/Llama-2-7b-hf                    # one GPU with 141 GB
     torchrun --nproc_per_node 8 cdpo.py --model meta-llama/Llama-2-7b-hf           # sharded over 8 (FSDP2)
 
-Left out on purpose: vector-valued λ, LoRA, tensor parallelism, other optimizers, callbacks. Equation numbers
-are those of 2403.02475.
+Left out on purpose: vector-valued λ, LoRA, tensor parallelism, callbacks. Equation numbers: 2403.02475.
 """
 import fcntl
 import hashlib
@@ -100,7 +99,6 @@ class Config:
     tokens_per_batch: int = opt(8192 if GPU else 1024, "tokens of a micro-batch; more on a GPU")
     learning_rate: float = opt(1e-6, "of DPO")
     sft_learning_rate: float = opt(1e-5, "of SFT and of the reward and cost models")
-    epochs: int = opt(1, "passes over the pairs in SFT and score models (those overfit in a second one)")
     max_steps: Optional[int] = opt(None, "bound every stage to this many batches, for a quick measurement")
     dtype: Literal["float32", "bfloat16"] = opt("bfloat16" if GPU else "float32", "of compute and models")
     gradient_checkpointing: bool = opt(GPU, "recompute activations in backward, to save memory")
@@ -117,9 +115,9 @@ class Config:
 EXTENDING = ("iterations compare lambdas eval_prompts eval_samples overwrite output_dir save_minutes "
              "no_checkpoint").split()
 # The lowest value of a setting; that of other whole numbers is 1, and any other number must only be finite.
-LOWEST = {"seed": 0, "lambda_init": 0, "lambda_lr": 0, "lambdas": 0, "lambda_prompts": 2, "eval_prompts": 2,
-          "dual_samples": 2, "max_length": 4, "cost_confidence": 0.5, "beta": 1e-12, "learning_rate": 1e-12,
-          "sft_learning_rate": 1e-12, "save_minutes": 1e-12}
+LOWEST = {"seed": 0, "lambda_init": 0, "lambda_lr": 0, "lambdas": 0, "lambda_prompts": 2, "lambda_samples": 2,
+          "eval_prompts": 2, "dual_samples": 2, "max_length": 4, "cost_confidence": 0.5, "beta": 1e-12,
+          "learning_rate": 1e-12, "sft_learning_rate": 1e-12, "save_minutes": 1e-12}
 
 def refuse(message, code=2):
     """Leave with one line on standard error that says what, where and how to mend it."""
@@ -160,21 +158,17 @@ def parse(argv):
                 refuse(f"--{name} is {number}; it must be {rule}")
         if value == "":
             refuse(f"--{name} is empty; give a value or leave it out")
-    closed_form = cfg.method in ("mocan", "pecan")
-    newton = cfg.method == "cdpo" and cfg.lambda_step == "newton"
-    for message, wrong in {
+    message = next((message for message, wrong in {
         "--template must contain {prompt} once": cfg.template.count("{prompt}") != 1,
         "--cost_confidence must be below 1": cfg.cost_confidence >= 1,
         "--method pecan needs --margin: its costs have no zero": cfg.method == "pecan" and cfg.margin is None,
-        "--lambda_step newton needs --lambda_samples of 2 or more": newton and cfg.lambda_samples < 2,
         "--lambdas names a value twice": len(set(cfg.lambdas)) < len(cfg.lambdas),
         "--max_new_tokens leaves no room for a prompt in --max_length": cfg.max_new_tokens >= cfg.max_length,
-        "--lambda_init excludes --method mocan and pecan": closed_form and cfg.lambda_init is not None,
+        "--lambda_init is for --method cdpo": cfg.method != "cdpo" and cfg.lambda_init is not None,
         "--cpu_offload needs a GPU; leave it out": cfg.cpu_offload and not GPU,
-    }.items():
-        if wrong:
-            refuse(message)
-    cfg.dual_samples = cfg.dual_samples or (128 if closed_form else 16)
+    }.items() if wrong), None)
+    refuse(message) if message else None
+    cfg.dual_samples = cfg.dual_samples or (16 if cfg.method == "cdpo" else 128)
     return cfg
 
 # ---- The mathematics ---------------------------------------------------------------------------------------
@@ -367,8 +361,7 @@ def read_rows(source, flag, seed):
     return [(f"row {number}", row) for number, row in enumerate(rows)]
 
 def load_pairs(source, flag, need, cfg, tokenizer):
-    """Rows of a dataset as tokenized Pairs; `need` names the columns that this run uses beside the prompt.
-    A wrong type or value is refused with its place; a row that cannot be used is counted by reason."""
+    """The usable rows of a dataset as tokenized Pairs; `need` names the columns beside the prompt."""
     with refusing(f"--{flag} {source}: cannot be read", "give a hub name, a file or a folder of datasets"):
         rows = read_rows(source, flag, cfg.seed)
         if not rows:
@@ -386,7 +379,7 @@ def load_pairs(source, flag, need, cfg, tokenizer):
         better, safer = int(known("better_response_id", 0)), int(known("safer_response_id", 0))
         signs = tuple(1 - 2 * known(f"is_response_{i}_safe", 0.5) for i in (0, 1))  # 0 where unknown
         pairs.append(Pair(row["prompt"].strip(), responses, better=better, safer=safer, signs=signs))
-    tokens, counts = with_ids(pairs, tokenizer, cfg.template, cfg.max_length)
+    tokens, counts = encode(pairs, tokenizer, cfg.template, cfg.max_length)
     for pair, ids in zip(pairs, tokens):
         pair.ids = ids
         reason = ("empty prompt" if not pair.prompt else None if not need else
@@ -403,10 +396,11 @@ def load_pairs(source, flag, need, cfg, tokenizer):
                "or, where prompts are too long, raise --max_length")
     return used
 
-def encode(tokenizer, template, texts, max_length):
-    """(prompt, response, ended) of each text → [(prompt_ids, response_ids)], how many were cut or misaligned.
-    Prompt and response are encoded joined, as they will be read, and cut where the prompt's own tokens end.
-    The end-of-sequence token follows a response that ended by itself and is not cut to max_length."""
+def encode(pairs, tokenizer, template, max_length):
+    """Token ids (prompt_ids, y0_ids, y1_ids) of each pair, and counts of responses cut or misaligned. Prompt
+    and response are encoded joined, as they will be read, and cut where the prompt's own tokens end; the
+    end-of-sequence token follows a response that ended by itself and is not cut to max_length."""
+    texts = [(p.prompt, text, ended) for p in pairs for text, ended in zip(p.responses, p.ended)]
     bos = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
     prompts = [template.replace("{prompt}", prompt) for prompt, _, _ in texts]
     wholes = [prompt + response for prompt, (_, response, _) in zip(prompts, texts)]
@@ -420,17 +414,10 @@ def encode(tokenizer, template, texts, max_length):
         room = max(0, max_length - len(bos + head))
         counts["responses cut to --max_length"] += len(answer) > room
         encoded.append((bos + head, answer[:room]))
-    return encoded, +counts  # + drops what was counted 0 times
-
-def with_ids(pairs, tokenizer, template, max_length):
-    """Token ids (prompt_ids, y0_ids, y1_ids) of each pair in a tokenizer's words, and encode's counts."""
-    texts = [(p.prompt, text, ended) for p in pairs for text, ended in zip(p.responses, p.ended)]
-    encoded, counts = encode(tokenizer, template, texts, max_length)
-    return [(*first, second[1]) for first, second in chunks(encoded, 2)], counts
+    return [(*y0, y1[1]) for y0, y1 in chunks(encoded, 2)], +counts  # + drops what was counted 0 times
 
 def split_by_prompt(pairs, eval_pairs, cfg):
-    """Pairs of the table's prompts, of those for the λ step, and to train on: disjoint by prompt, not by row.
-    A fifth of the prompts is held out for the table, however many it then uses, and at most a fifth for λ."""
+    """Pairs of the table's prompts (a fifth is held out), of those for λ (a fifth at most), to train on."""
     prompts = prompts_of(pairs)
     order = [prompts[i] for i in torch.randperm(len(prompts), generator=seeded("split", cfg.seed)).tolist()]
     fifth = len(prompts) // 5
@@ -444,10 +431,9 @@ def split_by_prompt(pairs, eval_pairs, cfg):
 
 # ---- Rows and batches: a row holds a prompt with both responses, so that no prompt token is run twice ------
 def collate_pairs(pairs, pad_id=0):
-    """[(prompt_ids, y0_ids, y1_ids), …] → a batch of shared-prompt rows prompt + y0 + y1, for any decoder.
-    Position ids of y1 restart at the prompt's end, and a token sees what is before it in the prompt and in
-    its own response only. Ids are taken as they are: who made them put the end-of-sequence token in. → dict
-    of input_ids, position_ids (B, L); attention_mask (B, 1, L, L) bool; and, as indices into the B·L tokens,
+    """[(prompt_ids, y0_ids, y1_ids), …] → a batch of shared-prompt rows prompt + y0 + y1, ids as they are.
+    Positions of y1 restart at the prompt's end; a token sees the prompt and its own response. → dict of
+    input_ids, position_ids (B, L); attention_mask (B, 1, L, L) bool; and, as indices into the B·L tokens,
     `source` (N,), where the N response tokens `target` (N,) are predicted, `owner` (N,), the response 2·row +
     i that each belongs to, and `last` (2B,), the last token of each response. ValueError: empty prompt."""
     lengths = torch.tensor([[len(part) for part in parts] for parts in pairs])  # (B, 3)
@@ -530,17 +516,16 @@ class ScoreModel(transformers.PreTrainedModel):
     @classmethod
     def from_pretrained(cls, path, **kwargs):
         """Load a score checkpoint. ValueError when it has no score head, or lacks another tensor."""
-        config = without_dropout(AutoConfig.from_pretrained(path, attn_implementation="sdpa"))
+        config = load_config(path, "reward_model or --cost_model")
         kwargs = {"dtype": "auto", **kwargs, "config": config}
         model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
-        stored = model.state_dict(keep_vars=True)
         values = {"score_head.bias": 0.0, "normalizer.mean": 0.0, "normalizer.var": 1.0}
         if getattr(config, "do_normalize", False):  # mean and var stand in tensors or in the config
             values |= {f"normalizer.{name}": getattr(config, name, None) for name in ("mean", "var")}
         for name in sorted(info["missing_keys"]):
             if values.get(name) is None:
                 raise ValueError(f"it is no score model, it has no {name}")
-            stored[name].data = torch.tensor(values[name]).float().reshape(1)
+            model.state_dict(keep_vars=True)[name].data = torch.tensor(values[name]).float().reshape(1)
         return model
 
     def score(self, hidden):
@@ -557,12 +542,6 @@ class ScoreModel(transformers.PreTrainedModel):
         hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return self.score(hidden[range(len(hidden)), attention_mask.sum(dim=1) - 1])
 
-def without_dropout(config):
-    """Dropout off everywhere: the policy in the loss and the policy that is sampled must be one."""
-    settings = config.to_dict().items()
-    config.update({name: 0.0 for name, value in settings if "drop" in name and isinstance(value, float)})
-    return config
-
 def attempt(load, source, flag, **kwargs):
     """load(source), refused in one line where a model, config or tokenizer cannot be had."""
     with refusing(f"--{flag} {source}: cannot be loaded", "give a folder or hub name that holds one"):
@@ -577,10 +556,10 @@ def load_tokenizer(cfg):
     elif cfg.dataset.startswith("tiny"):
         words = "</s> <unk> BEGINNING OF CONVERSATION : USER ASSISTANT".split() + [*TINY_WORDS, *TINY_TABLE]
         model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-        words = tokenizers.Tokenizer(model)
-        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
-                                                         unk_token="<unk>")
+        model = tokenizers.Tokenizer(model)
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        special = {"eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
     else:
         tokenizer = transformers.ByT5Tokenizer()
     if tokenizer.eos_token_id is None:
@@ -592,11 +571,14 @@ def load_tokenizer(cfg):
     return tokenizer
 
 def load_config(source, flag="model"):
-    """The config of a folder, a hub name or a JSON dictionary, without dropout."""
+    """The config of a folder, hub name or JSON dictionary; no dropout: what is fitted is what is sampled."""
     def build(text, **kwargs):
         return AutoConfig.for_model(**json.loads(text), **kwargs)
     load = build if str(source).startswith("{") else AutoConfig.from_pretrained
-    return without_dropout(attempt(load, source, flag, attn_implementation="sdpa"))
+    config = attempt(load, source, flag, attn_implementation="sdpa")
+    settings = config.to_dict().items()
+    config.update({name: 0.0 for name, value in settings if "drop" in name and isinstance(value, float)})
+    return config
 
 def load_model(source, cfg, flag="model"):
     """A causal LM or, for flag reward_model and cost_model, a ScoreModel: on CPU, in its own dtype."""
@@ -621,13 +603,12 @@ def inference_model(source, cfg, flag="model"):
     return model.to(DEVICE)
 
 def training_model(model, function, cfg, learning_rate):
-    """The model with `function(model, batch)` as its forward and float32 master weights, and its AdamW. A
-    laptop in float32 trains the plain model; all else goes through FSDP2, in bfloat16 from the first layer."""
+    """The model with `function(model, batch)` as its forward and float32 master weights, and its AdamW. In
+    float32 a laptop trains the plain model; all else goes through FSDP2, in bfloat16 from the first layer."""
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train().requires_grad_(True)
-    # FSDP2 has parameters whole only inside a forward, and wants no view from it
-    model.forward = lambda batch: function(model, batch).clone()
+    model.forward = lambda batch: function(model, batch).clone()  # FSDP2: whole only in it; no view
     if dist.is_initialized():
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
@@ -687,9 +668,8 @@ def remove(*paths):
 
 def write(path, value):
     """Write JSON or, where the name asks for them, JSON lines: whole or not at all."""
-    text = json.dumps(value, indent=2)
-    if path.suffix == ".jsonl":
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in value)
+    lines = path.suffix == ".jsonl" and [json.dumps(entry, ensure_ascii=False) + "\n" for entry in value]
+    text = "".join(lines) if lines else json.dumps(value, indent=2)
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8") if RANK == 0 else None
 
@@ -719,7 +699,7 @@ def begin(job, name, model, **state):
     state = {"steps": [], "history": [], **state}  # steps of this iteration, entries of the ones before
     if folders := sorted((job.out / "training").glob(f"{name}-*[0-9]")):
         with refusing(f"{folders[-1]}: cannot be read", "start as many processes as wrote it, or delete it"):
-            kept = torch.load(folders[-1] / f"{RANK}-of-{WORLD}.pt", "cpu", weights_only=True, mmap=True)
+            kept = torch.load(folders[-1] / f"{RANK}-of-{WORLD}.pt", "cpu", weights_only=True, mmap=GPU)
             model.load_state_dict(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
         state = kept["state"]
@@ -780,9 +760,8 @@ def throughput(title, model, ids, seconds, training):
     return numbers
 
 def train(job, stage, pairs, order, loss_fn):
-    """The one training loop: `order` has each step's rows, `loss_fn(outputs, rows)` → (mean loss, accuracy).
-    Micro-batches of similar length are weighed by their pairs: the gradient is the step's mean whatever the
-    cut and the number of processes. → the numbers of it for metrics.jsonl."""
+    """The one training loop → numbers for metrics.jsonl. `order`: each step's rows; `loss_fn(outputs, rows)`
+    → (mean loss, accuracy). Micro-batches are weighed by their pairs: the gradient is the step's mean."""
     cfg, name, model, optimizer, state = job.cfg, stage.name, stage.model, stage.optimizer, stage.state
     saved, resumed = time.monotonic(), len(state["steps"])
     for step in tqdm(range(resumed, len(order)), name, initial=resumed, total=len(order), **BAR):
@@ -824,20 +803,20 @@ def train_stage(job, name, loss_fn):
     cfg, path, scores = job.cfg, job.out / name, name in ("reward_model", "cost_model")
     if path.exists():
         say(f"{name}: found in {path}")
-        return path
-    torch.manual_seed(cfg.seed)  # for a new score head
-    if scores:
-        config = load_config(job.reference)
-        model = ScoreModel(config)
-        model.model = AutoModel.from_pretrained(job.reference, config=config)
     else:
-        model = load_model(job.reference or job.model, cfg)  # SFT itself begins at the base
-    stage = begin(job, name, model)
-    steps = cfg.epochs * math.ceil(len(job.train) / cfg.batch_size)
-    steps = cfg.iterations * cfg.dpo_steps if stage.dpo else steps  # as many as a whole C-DPO run
-    rows = draw(len(job.train), 0, min(steps, cfg.max_steps or steps) * cfg.batch_size, cfg.seed, name)
-    train(job, stage, job.train, chunks(rows, cfg.batch_size), loss_fn)
-    export(job, model, path, **({"score_type": name.removesuffix("_model")} if scores else {}))
+        torch.manual_seed(cfg.seed)  # for a new score head
+        if scores:
+            config = load_config(job.reference)
+            model = ScoreModel(config)
+            model.model = AutoModel.from_pretrained(job.reference, config=config)
+        else:
+            model = load_model(job.reference or job.model, cfg)  # SFT itself begins at the base
+        stage = begin(job, name, model)
+        steps = math.ceil(len(job.train) / cfg.batch_size)  # one pass: score models overfit in a second one
+        steps = cfg.iterations * cfg.dpo_steps if stage.dpo else steps  # as many as a whole C-DPO run
+        rows = draw(len(job.train), 0, min(steps, cfg.max_steps or steps) * cfg.batch_size, cfg.seed, name)
+        train(job, stage, job.train, chunks(rows, cfg.batch_size), loss_fn)
+        export(job, model, path, **({"score_type": name.removesuffix("_model")} if scores else {}))
     remove(*(job.out / "training").glob(f"{name}-*"))
     return path
 
@@ -858,8 +837,7 @@ def infer(job, path, ids, title, flag="model"):
 @torch.inference_mode()
 def sample(job, path, prompts, count, key, tokenizer):
     """`count` responses from π itself (temperature 1, nothing cut off) to prompts' ids → [[(ids, ended)]].
-    Fixed batches of prompts sorted by length, each seeded from (seed, key, batch), so that the number of
-    processes changes nothing; a prompt is prefilled once, its key-value cache repeated for its responses."""
+    Fixed batches, each with a seed of its own, whatever the processes; a prompt is prefilled once."""
     cfg, eos, started = job.cfg, tokenizer.eos_token_id, time.perf_counter()
     model, settings = inference_model(path, cfg), transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=eos, eos_token_id=eos,
@@ -898,42 +876,41 @@ def score(job, pairs):
         path = str(getattr(job, flag))
         template = getattr(AutoConfig.from_pretrained(path), "prompt_template", BEAVER_TEMPLATE)
         tokenizer = attempt(AutoTokenizer.from_pretrained, path, flag)
-        ids, _ = with_ids(pairs, tokenizer, template, job.cfg.max_length + job.cfg.max_new_tokens)
+        ids, _ = encode(pairs, tokenizer, template, job.cfg.max_length + job.cfg.max_new_tokens)
         scores.append(infer(job, path, ids, f"scoring by {flag}", flag))
     return torch.stack([*scores, ref_logps])
 
 def measure(job, path, prompts, count, key):
     """Sample a policy and score it → namespace: numbers, for metrics.jsonl and results.json; texts and scores
-    (reward, cost), each (n prompts, count); the samples as pairs; pair_scores, as from score()."""
+    (reward, cost), each (n prompts, count); the samples as pairs, all_scores as from score()."""
     cfg, texts, pairs, is_reference = job.cfg, [], [], str(path) == str(job.reference)
     prompts = prompts[: max(2, cfg.max_steps * cfg.sample_batch // count)] if cfg.max_steps else prompts
     own = job.tokenizer if is_reference else attempt(AutoTokenizer.from_pretrained, path, "compare")
-    heads = [head for head, _ in encode(own, cfg.template, [(x, "", False) for x in prompts], 10**6)[0]]
+    heads = [head for head, *_ in encode([Pair(x, ("", "")) for x in prompts], own, cfg.template, 10**6)[0]]
     for prompt, head, answers in zip(prompts, heads, sample(job, path, heads, count, key, own)):
         texts.append(own.batch_decode([y for y, _ in answers], skip_special_tokens=True))
         drawn = [(text, *answer) for text, answer in zip(texts[-1], answers)]
         for couple in zip(drawn[::2], drawn[1::2] + drawn[-1:]):  # an odd last one beside itself
             responses, ids, ended = zip(*couple)
             pairs.append(Pair(prompt, responses, (head, *ids), ended))
-    drawn = [p.ids for p in pairs]
+    own_ids = [p.ids for p in pairs]
     if own.get_vocab() != job.tokenizer.get_vocab():  # log π_ref is of the text in its own tokens
-        for pair, ids in zip(pairs, with_ids(pairs, job.tokenizer, cfg.template, 10**6)[0]):
+        for pair, ids in zip(pairs, encode(pairs, job.tokenizer, cfg.template, 10**6)[0]):
             pair.ids = ids
-    pair_scores = reward, cost, ref_logps = score(job, pairs)
-    logps = ref_logps if is_reference else infer(job, path, drawn, "log π of samples")
+    all_scores = reward, cost, ref_logps = score(job, pairs)
+    logps = ref_logps if is_reference else infer(job, path, own_ids, "log π of samples")
     values = {"reward": reward, "cost": cost, "kl": logps - ref_logps,
-              "length": torch.tensor([[float(len(y)) for y in ys] for _, *ys in drawn])}
+              "length": torch.tensor([[float(len(y)) for y in ys] for _, *ys in own_ids])}
     if cfg.dataset.startswith("tiny"):
         truth = torch.tensor([[tiny_truth(p.prompt, y) for y in p.responses] for p in pairs])
         values |= {"true_reward": truth[..., 0], "true_cost": truth[..., 1]}
     values = {name: value.reshape(len(prompts), -1)[:, :count] for name, value in values.items()}
-    numbers = {"safe_rate": float((values["cost"] <= 0).float().mean()),
-               "kl": float(values.pop("kl").mean()), "length_mean": float(values.pop("length").mean())}
+    numbers = {"safe_rate": float((values["cost"] <= 0).float().mean()), "kl": float(values.pop("kl").mean())}
     for name, value in values.items():
         numbers |= {f"{name}_mean": float(value.mean()), f"{name}_std": float(value.std()),
                     f"{name}_ci95": ci95(value)}
     scores = values["reward"], values["cost"]
-    return SimpleNamespace(numbers=numbers, texts=texts, scores=scores, pairs=pairs, pair_scores=pair_scores)
+    return SimpleNamespace(numbers=numbers, texts=texts, scores=scores, pairs=pairs, all_scores=all_scores)
 
 # ---- The method --------------------------------------------------------------------------------------------
 def dpo_fit(ref_logps, prob, beta):
@@ -973,7 +950,7 @@ def constrained_dpo(job, lam):
             state["lam"] = lambda_step(lam, cost, job.cost_limit, cfg.lambda_lr)                        # (14)
         state["drawn"] += sum(i < len(job.train) for rows in order for i in rows)
         if cfg.recycle and not fixed:
-            state.update(fresh=[vars(pair) for pair in found.pairs], fresh_scores=found.pair_scores)
+            state.update(fresh=[vars(pair) for pair in found.pairs], fresh_scores=found.all_scores)
         history.append({"iteration": iteration, "lambda": lam, "next_lambda": state["lam"], **found.numbers,
                         "cost_bound": bound, **numbers, "seconds": time.perf_counter() - started})
         say("iteration {iteration}: λ {lambda:.4f}, cost {cost_mean:+.3f} [{cost_ci95[0]:+.3f}, "
@@ -1019,9 +996,8 @@ def start_lambda(job):
     for value in sorted({0.0, lam / 2, lam, 2 * lam, *cfg.lambdas}):
         p = predict(reward, cost, value, cfg.beta)
         text = ("predicted cost {cost:+.3f} [{cost_ci95[0]:+.3f}, {cost_ci95[1]:+.3f}], reward {reward:+.3f} "
-                "[{reward_ci95[0]:+.3f}, {reward_ci95[1]:+.3f}], {ess:.1f} effective samples of ").format(**p)
-        text += f"{cost.shape[1]}{'; too few to be trusted' * (p['ess'] < 5)}"
-        say(f"dual{'* '[value != lam]} λ {value:.4f}: {text}")
+                "[{reward_ci95[0]:+.3f}, {reward_ci95[1]:+.3f}], {ess:.1f} effective samples").format(**p)
+        say(f"dual{'* '[value != lam]} λ {value:.4f}: {text}{', too few to be trusted' * (p['ess'] < 5)}")
     return lam
 
 def evaluate(job, policies):
@@ -1031,8 +1007,7 @@ def evaluate(job, policies):
         found = measure(job, path, job.evaluation, job.cfg.eval_samples, "eval")
         rows.append({"name": name, "lambda": lam, **found.numbers})
         if job.prediction is not None and lam is not None:  # what the closed form said before any training
-            predicted = predict(*job.prediction, lam, job.cfg.beta)
-            rows[-1] |= {f"predicted_{key}": value for key, value in predicted.items()}
+            rows[-1] |= {f"predicted_{k}": v for k, v in predict(*job.prediction, lam, job.cfg.beta).items()}
         for prompt, *columns in zip(job.evaluation, found.texts, *(v.tolist() for v in found.scores)):
             samples += [{"policy": name, "prompt": prompt, "response": y, "reward": r, "cost": c}
                         for y, r, c in zip(*columns)]
@@ -1048,8 +1023,7 @@ def evaluate(job, policies):
     form += "".join(f" | {{{key}:.3f}}" for key in extra)
     lines = [" | ".join(titles), "---" + " | ---:" * (len(titles) - 1)]
     for row in rows:  # what a row does not have is left blank
-        known = {key: value for key, value in row.items() if value is not None}
-        known = {**dict.fromkeys(["lambda", *extra], math.nan), **known}
+        known = dict.fromkeys(["lambda", *extra], math.nan) | {k: v for k, v in row.items() if v is not None}
         lines.append(row["name"] + form.format(**known).replace("nan", ""))
     say(f"\nE[cost] ≤ {job.cost_limit:.4g}\n\n" + "".join(f"| {line} |\n" for line in lines))
 
@@ -1063,19 +1037,16 @@ def prepare(job):
         if kind and f"{kind}_model" != flag:
             refuse(f"--{flag} {path}: its config.json calls it a {kind} model; are two exchanged?")
     job.tokenizer = load_tokenizer(cfg)
-    if job.model.startswith("{"):
-        with refusing(f"--model {job.model}", "it must be a JSON dictionary"):
-            job.model = json.dumps({"vocab_size": len(job.tokenizer), **json.loads(job.model)})
     config = load_config(job.model)
     if len(job.tokenizer) > config.vocab_size:
-        refuse(f"tokenizer of {len(job.tokenizer)} tokens, {job.model} of {config.vocab_size}; name its own")
+        refuse(f"--tokenizer: {len(job.tokenizer)} tokens, vocab_size is {config.vocab_size}; name its own")
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     models = 2 + (not cfg.sft_model) + (not cfg.reward_model) + (not cfg.cost_model) + len(cfg.lambdas)
     size = parameters * (models * (2 if cfg.dtype == "bfloat16" else 4) + 2 * 12 * (not cfg.no_checkpoint))
     free = shutil.disk_usage(job.out).free + sum(f.stat().st_size for f in job.out.rglob("*") if f.is_file())
     if free < size:
-        refuse(f"--output_dir {job.out}: the run writes up to {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+        refuse(f"--output_dir {job.out}: the run writes up to {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are "
                "free; free some space, name another folder, or save no training state with --no_checkpoint")
     need = ["response_0", "response_1", *["better_response_id"] * (job.implicit or not cfg.reward_model)]
     if job.implicit or not cfg.cost_model:
@@ -1086,7 +1057,7 @@ def prepare(job):
     job.train = job.train[: cfg.max_steps * cfg.batch_size] if cfg.max_steps else job.train
     job.evaluation, job.steering = prompts_of(job.held_out), prompts_of(steering)
     say(f"{len(job.train)} pairs to train on; {len(job.evaluation)} for the table, {len(job.steering)} for λ")
-    for flag, path in [("model", job.model), *given]:
+    for flag, path in [("sft_model" if cfg.sft_model else "model", job.model), *given]:
         check_rows(job, path, flag)
 
 def check_rows(job, source, flag):
@@ -1159,11 +1130,10 @@ def run(cfg, out):
         for lam in cfg.lambdas:
             if lam or cfg.method != "dpo":
                 prob = relabel(reward, cost, lam, cfg.labels, seeded("labels", cfg.seed, lam))
-                path = train_stage(job, f"lambda-{lam:g}", dpo_fit(ref_logps, prob, cfg.beta))
-                policies[f"λ = {lam:g}" if lam else "DPO"] = path, lam
+                path = train_stage(job, f"lambda-{lam:.9g}", dpo_fit(ref_logps, prob, cfg.beta))
+                policies[f"λ = {lam:.9g}" if lam else "DPO"] = path, lam
     for path in cfg.compare:
-        name = Path(path).name
-        policies[name if name not in policies else str(Path(path).absolute())] = path, None
+        policies[path if path not in policies else str(Path(path).absolute())] = path, None
     job.implicit = not (job.reward_model and job.cost_model)  # given score models serve PeCAN's evaluation
     evaluate(job, policies)
 
@@ -1173,8 +1143,9 @@ def open_folder(out, settings, where):
     with refusing(f"{where} is not empty", "it holds no run of this program; name another folder"):
         kept = json.loads((out / "config.json").read_text()) if found else settings
         kept["output_dir"]
+    once = settings["method"] != "cdpo"  # its one fit is done
     changed = [f"{key} was {kept.get(key)!r:.80}, is {value!r:.80}" for key, value in settings.items()
-               if key not in EXTENDING and kept.get(key) != value]
+               if kept.get(key) != value and (key not in EXTENDING or key == "iterations" and once)]
     if changed and not settings["overwrite"]:
         refuse(f"{where}: the run there has other settings ({'; '.join(changed)}); use those, name another "
                "folder, or start afresh with --overwrite")
@@ -1213,8 +1184,8 @@ def main(argv=None):
               f"--sample_batch (now {cfg.sample_batch}) to sample; torchrun divides the 16 bytes per "
               "parameter, --cpu_offload moves them to host memory", file=sys.stderr)
         raise
-    except Exception as error:  # torch and safetensors report a full disk in classes of their own
-        full = "No space left" in str(error) or "failed writing" in str(error)
+    except Exception as error:  # torch and safetensors report a full disk in words of their own
+        full = out.exists() and shutil.disk_usage(out).free < 2**20 or "No space left" in str(error)
         if full or isinstance(error, OSError) and str(error.filename).startswith(str(out)):
             refuse(f"{where}: cannot be written ({error}); free space there, then the same command goes on")
         raise

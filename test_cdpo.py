@@ -574,7 +574,7 @@ def enumerate_world(folder, prompts):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
     job = SimpleNamespace(cfg=cfg)
     pairs = [cdpo.Pair(x, (answers[i], answers[i + 1])) for x in prompts for i in range(0, len(answers), 2)]
-    ids, _ = cdpo.with_ids(pairs, tokenizer, cfg.template, 64)
+    ids, _ = cdpo.encode(pairs, tokenizer, cfg.template, 64)
     tables = [cdpo.infer(job, folder / name, ids, name, flag).double().view(len(prompts), -1) for name, flag in (
         ("sft", "model"), ("policy", "model"), ("reward_model", "reward_model"), ("cost_model", "cost_model"))]
     truth = torch.tensor([[cdpo.tiny_truth(x, y) for y in answers] for x in prompts]).double()
@@ -644,7 +644,7 @@ def test_the_training_model_starts_as_the_reference(tiny):
     cfg = cdpo.Config(**json.loads((tiny / "config.json").read_text()))
     model, _ = cdpo.training_model(cdpo.load_model(tiny / "sft", cfg), cdpo.sequence_logps, cfg, 1e-3)
     pairs = [cdpo.Pair("mix oil", ("read wait cut", "ask ask force")), cdpo.Pair("sell car", ("cut push", "burn"))]
-    ids, _ = cdpo.with_ids(pairs, transformers.AutoTokenizer.from_pretrained(tiny / "sft"), cfg.template, 32)
+    ids, _ = cdpo.encode(pairs, transformers.AutoTokenizer.from_pretrained(tiny / "sft"), cfg.template, 32)
     ref_logps = cdpo.infer(SimpleNamespace(cfg=cfg), tiny / "sft", ids, "log π_ref")
     assert (model(cdpo.collate_pairs(ids)) - ref_logps).abs().max() < 1e-4
 
@@ -687,10 +687,11 @@ def test_another_checkpoint_gets_a_row_of_its_own(quick, tmp_path):
     folder = shutil.copytree(quick, tmp_path / "o")
     cdpo.main([*QUICK, "--output_dir", str(folder), "--compare", str(quick / "sft"), str(quick / "policy")])
     before, rows = rows_of(quick), rows_of(folder)
-    assert list(rows) == ["SFT", "C-DPO", "DPO", "sft", "policy"]
+    sft, policy = str(quick / "sft"), str(quick / "policy")
+    assert list(rows) == ["SFT", "C-DPO", "DPO", sft, policy]
     assert {name: rows[name] for name in before} == before
-    assert rows["sft"]["cost_mean"] == before["SFT"]["cost_mean"] and rows["sft"]["kl"] == 0
-    assert rows["policy"]["kl"] == pytest.approx(before["C-DPO"]["kl"], abs=1e-6)
+    assert rows[sft]["cost_mean"] == before["SFT"]["cost_mean"] and rows[sft]["kl"] == 0
+    assert rows[policy]["kl"] == pytest.approx(before["C-DPO"]["kl"], abs=1e-6)
 
 
 # --- Samples are from π -----------------------------------------------------------------------------------------
@@ -785,7 +786,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
 
 def test_prompt_and_response_are_encoded_as_read_and_cut_at_the_prompt():
     tokenizer = transformers.ByT5Tokenizer()  # appends </s> to whatever it encodes, which must not end a prompt
-    (prompt, response), (_, cut_short) = cdpo.encode(tokenizer, "Q {prompt}:", [("a", "bé", True), ("a", "b" * 50, True)], 9)[0]
+    prompt, response, cut_short = cdpo.encode([cdpo.Pair("a", ("bé", "b" * 50))], tokenizer, "Q {prompt}:", 9)[0][0]
     assert [chr(i - 3) for i in prompt] == list("Q a:") and tokenizer.eos_token_id not in prompt
     assert response == [ord("b") + 3, 0xC3 + 3, 0xA9 + 3, tokenizer.eos_token_id]
     assert cut_short == [ord("b") + 3] * 5  # cut to nine tokens in all, and so without its end
@@ -899,7 +900,7 @@ def test_llama_2_7b_is_sharded_into_33_units_and_16_bytes_per_parameter_divided_
         optimizer.param_groups[0]["fused"] = False  # there is no fused step without a device
         optimizer.step()
         held = [tensor for p in model.parameters() for tensor in (p, p.grad, *optimizer.state[p].values()) if tensor.dim()]
-        assert sum(cdpo.local(tensor).nbytes for tensor in held) == 16 * 6_738_415_616 / 8  # 13.5 GB on each
+        assert sum(tensor.to_local().nbytes for tensor in held) == 16 * 6_738_415_616 / 8  # 13.5 GB on each
     finally:
         torch.distributed.destroy_process_group()
 
@@ -921,6 +922,7 @@ def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+SMALL = '{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}'
 DATA = {  # name: (content of the dataset file, words of the message)
     "a missing prompt": (lines(many(prompt=...)), "line 41: column prompt is missing"),
     "a missing response": (lines(many(response_1=...)), "line 41: column response_1 is missing"),
@@ -964,22 +966,22 @@ FLAGS = {  # name: (flags, words of the message)
     "a lambda twice": (["--lambdas", "0", "0.0"], "names a value twice"),
     "a template without a prompt": (["--template", "Say:"], "--template must contain {prompt} once"),
     "certainty": (["--cost_confidence", "1"], "--cost_confidence must be below 1"),
-    "one sample for Newton": (["--lambda_samples", "1"], "--lambda_samples of 2 or more"),
-    "a given lambda for MoCAN": (["--method", "mocan", "--lambda_init", "1"], "--lambda_init excludes"),
+    "one sample for Newton": (["--lambda_samples", "1"], "--lambda_samples is 1; it must be at least 2"),
+    "a given lambda for MoCAN": (["--method", "mocan", "--lambda_init", "1"], "--lambda_init is for --method cdpo"),
     "PeCAN without a margin": (["--method", "pecan"], "--method pecan needs --margin"),
     "no room for a prompt": (["--max_new_tokens", "32"], "leaves no room"),
     "an empty name": (["--tokenizer", ""], "--tokenizer is empty"),
-    "no such dataset": (["--dataset", "/nowhere/x.jsonl"], "FileNotFoundError"),
-    "no such folder": (["--dataset", "./nowhere"], "cannot be read"),
-    "a table that is none": (["--dataset", "BAD.parquet"], "cannot be read"),
+    "no such dataset": (["--dataset", "/nowhere/x.jsonl", "--model", SMALL], "FileNotFoundError"),
+    "no such folder": (["--dataset", "./nowhere", "--model", SMALL], "cannot be read"),
+    "a table that is none": (["--dataset", "BAD.parquet", "--model", SMALL], "cannot be read"),
     "no such model": (["--model", "/nowhere/model"], "--model /nowhere/model"),
     "an unknown architecture": (["--model", '{"model_type": "perceptron"}'], "cannot be loaded"),
-    "a model that is no dictionary": (["--model", '{"model_type": '], "must be a JSON dictionary"),
+    "a model that is no dictionary": (["--model", '{"model_type": '], "cannot be loaded"),
     "no such reward model": (["--reward_model", "/nowhere/r"], "--reward_model /nowhere/r"),
     "a score model without a head": (["--cost_model", "HEADLESS"], "no score_head.weight"),
     "a cost model for a reward model": (["--reward_model", "COST"], "calls it a cost model"),
     "no such policy to compare": (["--compare", "/nowhere/p"], "--compare /nowhere/p"),
-    "a tokenizer too large": (["--model", '{"model_type": "llama", "vocab_size": 20}'], "20; name its own"),
+    "a tokenizer too large": (["--model", '{"model_type": "llama", "vocab_size": 20}'], "vocab_size is 20; name its own"),
     "a decoder that scales its logits": (["--model", json.dumps({
         "model_type": "granite", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "logits_scaling": 4.0, "initializer_range": 0.3})],
@@ -1025,8 +1027,7 @@ def refusal_of(argv, capsys):
 def test_bad_data_is_refused_in_one_line(case, bad_files, tmp_path, capsys):
     content, words = DATA[case]
     (tmp_path / "data.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    model = '{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}'
-    message = refusal_of(["--dataset", str(tmp_path / "data.jsonl"), "--model", model, "--max_length", "64",
+    message = refusal_of(["--dataset", str(tmp_path / "data.jsonl"), "--model", SMALL, "--max_length", "64",
                           "--max_new_tokens", "8", "--output_dir", str(tmp_path / "o")], capsys)
     assert words in message and str(tmp_path / "data.jsonl") in message
 
