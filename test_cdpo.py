@@ -24,6 +24,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.flop_counter import FlopCounterMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
@@ -883,6 +884,24 @@ def test_bfloat16_reaches_the_same_conclusion(quick, tmp_path):
         assert two[name]["cost_mean"] == pytest.approx(one[name]["cost_mean"], abs=0.15)
     config = json.loads((tmp_path / "o" / "policy" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and all(v.dtype == torch.bfloat16 for v in tensors_of(tmp_path / "o").values())
+
+
+def test_model_flops_are_those_that_torch_counts_without_padding_or_masked_keys(monkeypatch):
+    """The meter's MFU, on a GPU that is not there: its matrix product of 8192 takes one second, and so does the work."""
+    monkeypatch.setattr(cdpo, "GPU", True)
+    monkeypatch.setattr(cdpo, "Timer", lambda *_, **__: SimpleNamespace(blocked_autorange=lambda: SimpleNamespace(median=1)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    for config in CONFIGS:
+        model, pairs = tiny_model(config), tiny_pairs(lengths=[(24, 20, 20)])
+        batch = cdpo.collate_pairs(pairs)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            cdpo.sequence_logps(model, batch)
+        linear = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+        attention = 2 * 4 * 32 * int(batch["attention_mask"].sum())  # two layers of width 32: q·k and its weight times v
+        inference = cdpo.throughput("inference", model, pairs, 1.0, training=False)["mfu"] * 2 * 8192**3
+        training = cdpo.throughput("training", model, pairs, 1.0, training=True)["mfu"] * 2 * 8192**3
+        assert inference == pytest.approx(linear + attention, rel=0.02) and training == pytest.approx(3 * inference)
 
 
 def test_llama_2_7b_is_sharded_into_33_units_and_16_bytes_per_parameter_divided_by_the_gpus():
