@@ -901,7 +901,8 @@ def test_model_flops_are_those_that_torch_counts_without_padding_or_masked_keys(
         attention = 2 * 4 * 32 * int(batch["attention_mask"].sum())  # two layers of width 32: q·k and its weight times v
         inference = cdpo.throughput("inference", model, pairs, 1.0, training=False)["mfu"] * 2 * 8192**3
         training = cdpo.throughput("training", model, pairs, 1.0, training=True)["mfu"] * 2 * 8192**3
-        assert inference == pytest.approx(linear + attention, rel=0.02) and training == pytest.approx(3 * inference)
+        vectors = 2 * 64 * sum(p.numel() for p in model.parameters() if p.dim() == 1)  # biases, norms: not in torch's count
+        assert inference == pytest.approx(linear + attention + vectors, rel=0.01) and training == pytest.approx(3 * inference)
 
 
 def test_llama_2_7b_is_sharded_into_33_units_and_16_bytes_per_parameter_divided_by_the_gpus():
