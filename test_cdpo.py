@@ -925,6 +925,17 @@ def test_llama_2_7b_is_sharded_into_33_units_and_16_bytes_per_parameter_divided_
         torch.distributed.destroy_process_group()
 
 
+def test_the_readme_s_script_draws_a_run_where_matplotlib_is_installed(quick, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    script = re.search(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(), re.S)[1]
+    assert '"tiny_output"' in script
+    folder = shutil.copytree(quick, tmp_path / "run")
+    if not (folder / "reference_samples.pt").exists():  # the quick run is given its first λ
+        torch.save({"scores": torch.randn(2, 24, 8)}, folder / "reference_samples.pt")
+    exec(compile(script.replace('"tiny_output"', repr(str(folder))), "README.md", "exec"), {})
+    assert (folder / "pictures.png").stat().st_size > 10_000
+
+
 # --- Refusals ---------------------------------------------------------------------------------------------------
 
 GOOD = {"prompt": "mix oil", "response_0": "read wait cut", "response_1": "push cut ask", "better_response_id": 0,
