@@ -1013,6 +1013,8 @@ FLAGS = {  # name: (flags, words of the message)
     "a cost model for a reward model": (["--reward_model", "COST"], "calls it a cost model"),
     "no such policy to compare": (["--compare", "/nowhere/p"], "--compare /nowhere/p"),
     "a tokenizer too large": (["--model", '{"model_type": "llama", "vocab_size": 20}'], "vocab_size is 20; name its own"),
+    "a model larger than the disk": (["--model", '{"model_type": "llama", "vocab_size": 1000000000000}'],
+                                     "GB are free; free some space"),
     "a decoder that scales its logits": (["--model", json.dumps({
         "model_type": "granite", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "logits_scaling": 4.0, "initializer_range": 0.3})],
