@@ -1187,7 +1187,7 @@ def main(argv=None):
     except Exception as error:  # torch and safetensors report a full disk in words of their own
         full = out.exists() and shutil.disk_usage(out).free < 2**20 or "No space left" in str(error)
         if full or isinstance(error, OSError) and str(error.filename).startswith(str(out)):
-            refuse(f"{where} cannot be written: {'the disk is full' if full else error}; mend it, start again")
+            refuse(f"{where} cannot be written: {'the disk is full' if full else error}; mend, start again")
         raise
     finally:
         if dist.is_initialized() and WORLD == 1:
