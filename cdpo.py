@@ -15,6 +15,7 @@ any training, in closed form on samples of π_ref; they are the same program wit
 Left out on purpose: vector-valued λ, LoRA, tensor parallelism, callbacks. Equation numbers: 2403.02475.
 """
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -104,14 +105,14 @@ class Config:
     gradient_checkpointing: bool = opt(GPU, "recompute activations in backward, to save memory")
     cpu_offload: bool = opt(False, "keep weights and optimizer in host memory, for one small GPU")
     save_minutes: float = opt(30.0, "minutes between checkpoints inside a long stage")
-    no_checkpoint: bool = opt(False, "write no resumable training state (81 GB at 7B)")
+    no_checkpoint: bool = opt(False, "write no training state (81 GB at 7B); a rerun trains the policy anew")
     # Evaluation
     eval_prompts: int = opt(2000, "prompts of the final table, a fifth of the dataset's at most")
     eval_samples: int = opt(5, "responses per prompt there")
     sample_batch: int = opt(128, "responses sampled at once")
     compare: list[str] = opt(list, "further checkpoints to evaluate as rows of the same table")
 
-# Settings that extend a run instead of contradicting it, or that do not touch its numbers.
+# Settings that extend a run (the first: only C-DPO's) instead of contradicting it, or do not touch numbers.
 EXTENDING = ("iterations compare lambdas eval_prompts eval_samples overwrite output_dir save_minutes "
              "no_checkpoint").split()
 # The lowest value of a setting; that of other whole numbers is 1, and any other number must only be finite.
@@ -382,10 +383,10 @@ def load_pairs(source, flag, need, cfg, tokenizer):
     tokens, counts = encode(pairs, tokenizer, cfg.template, cfg.max_length)
     for pair, ids in zip(pairs, tokens):
         pair.ids = ids
-        reason = ("empty prompt" if not pair.prompt else None if not need else
+        reason = ("empty prompt" if not pair.prompt else
+                  "prompt that fills --max_length" if not (ids[1] and ids[2]) else None if not need else
                   "empty response" if not all(text.strip() for text in pair.responses) else
                   "'safer' response unsafe beside a safe one" if pair.signs[pair.safer] > min(pair.signs) else
-                  "prompt that fills --max_length" if not (ids[1] and ids[2]) else
                   "identical responses" if ids[1] == ids[2] else None)
         counts[reason or "used"] += 1
         used += [] if reason else [pair]
@@ -397,9 +398,8 @@ def load_pairs(source, flag, need, cfg, tokenizer):
     return used
 
 def encode(pairs, tokenizer, template, max_length):
-    """Token ids (prompt_ids, y0_ids, y1_ids) of each pair, and counts of responses cut or misaligned. Prompt
-    and response are encoded joined, as they will be read, and cut where the prompt's own tokens end; the
-    end-of-sequence token follows a response that ended by itself and is not cut to max_length."""
+    """Token ids (prompt_ids, y0_ids, y1_ids) of each pair, counts of responses cut or misaligned. Texts are
+    encoded joined and cut where the prompt's own tokens end; eos follows an uncut response that ended."""
     texts = [(p.prompt, text, ended) for p in pairs for text, ended in zip(p.responses, p.ended)]
     bos = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
     prompts = [template.replace("{prompt}", prompt) for prompt, _, _ in texts]
@@ -478,7 +478,8 @@ def pair_scores(model, batch):
     """Scores of both responses of each pair by a ScoreModel, read at their last tokens, (B, 2) float32."""
     batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
     rows = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    return model.score(model.model(**rows).last_hidden_state.flatten(0, 1)[batch["last"]]).view(-1, 2)
+    hidden = model.model(**rows, use_cache=False).last_hidden_state.flatten(0, 1)
+    return model.score(hidden[batch["last"]]).view(-1, 2)
 
 def cut(ids, budget, ranks=1):
     """Numbers of the rows `ids` in groups of similar length, about `budget` tokens at most; longest first,
@@ -572,9 +573,8 @@ def load_tokenizer(cfg):
 
 def load_config(source, flag="model"):
     """The config of a folder, hub name or JSON dictionary; no dropout: what is fitted is what is sampled."""
-    def build(text, **kwargs):
-        return AutoConfig.for_model(**json.loads(text), **kwargs)
-    load = build if str(source).startswith("{") else AutoConfig.from_pretrained
+    load = AutoConfig.from_pretrained if not str(source).startswith("{") else (
+        lambda text, **kwargs: AutoConfig.for_model(**json.loads(text), **kwargs))
     config = attempt(load, source, flag, attn_implementation="sdpa")
     settings = config.to_dict().items()
     config.update({name: 0.0 for name, value in settings if "drop" in name and isinstance(value, float)})
@@ -605,6 +605,7 @@ def inference_model(source, cfg, flag="model"):
 def training_model(model, function, cfg, learning_rate):
     """The model with `function(model, batch)` as its forward and float32 master weights, and its AdamW. In
     float32 a laptop trains the plain model; all else goes through FSDP2, in bfloat16 from the first layer."""
+    gc.collect()  # the last model and its FSDP state are reference cycles: 27 GB of weights at 7B
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train().requires_grad_(True)
@@ -657,8 +658,7 @@ def atomic(path):
 
 def sync(path):
     """Make a file or folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
+    os.fsync(handle := os.open(path, os.O_RDONLY))
     os.close(handle)
 
 def remove(*paths):
@@ -697,11 +697,13 @@ def begin(job, name, model, **state):
     model, optimizer = training_model(model, pair_scores if isinstance(model, ScoreModel) else sequence_logps,
                                       job.cfg, job.cfg.learning_rate if dpo else job.cfg.sft_learning_rate)
     state = {"steps": [], "history": [], **state}  # steps of this iteration, entries of the ones before
-    if folders := sorted((job.out / "training").glob(f"{name}-*[0-9]")):
+    folders = sorted((job.out / "training").glob(f"{name}-*[0-9]"))
+    remove(*{*(job.out / "training").glob(f"{name}-*")}.difference(folders[-1:]))  # what a kill left behind
+    if folders:
         with refusing(f"{folders[-1]}: cannot be read", "start as many processes as wrote it, or delete it"):
-            kept = torch.load(folders[-1] / f"{RANK}-of-{WORLD}.pt", "cpu", weights_only=True, mmap=GPU)
-            model.load_state_dict(kept["model"])
-            optimizer.load_state_dict(kept["optimizer"])
+            kept = torch.load(folders[-1] / f"{RANK}-of-{WORLD}.pt", "cpu", weights_only=True)
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
         state = kept["state"]
         say(f"{name}: going on from step {len(state['steps'])} of iteration {len(state['history'])}")
     return SimpleNamespace(name=name, dpo=dpo, model=model, optimizer=optimizer, state=state)
@@ -963,8 +965,8 @@ def constrained_dpo(job, lam):
         save(job, stage)
     remove(iterate)
     chosen = max(history, key=merit)
-    if chosen["cost_bound"] > job.cost_limit:
-        say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the least cost; try more --iterations")
+    if chosen["cost_bound"] > job.cost_limit and cfg.method != "dpo":
+        say(f"no iterate meets the limit {job.cost_limit:.4g}: kept the least cost; more steps may help")
     return best, chosen["lambda"]
 
 def pairs_of_iteration(job, state, steps):
@@ -1013,8 +1015,7 @@ def evaluate(job, policies):
                         for y, r, c in zip(*columns)]
     write(job.out / "results.json", rows)
     write(job.out / "samples.jsonl", samples)
-    extra = [key for key in ("true_reward_mean", "true_cost_mean", "predicted_cost")
-             if any(key in row for row in rows)]
+    extra = [k for k in ("true_reward_mean", "true_cost_mean", "predicted_cost") if k in set().union(*rows)]
     titles = ["policy", "λ", "reward", "95%", "cost", "95%", "safe", "KL", "length",
               *(key.removesuffix("_mean").replace("_", " ") for key in extra)]
     form = (" | {lambda:.3f} | {reward_mean:.3f} ± {reward_std:.3f} | [{reward_ci95[0]:.3f}, "
@@ -1042,8 +1043,9 @@ def prepare(job):
         refuse(f"--tokenizer: {len(job.tokenizer)} tokens, vocab_size is {config.vocab_size}; name its own")
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    models = 2 + (not cfg.sft_model) + (not cfg.reward_model) + (not cfg.cost_model) + len(cfg.lambdas)
-    size = parameters * (models * (2 if cfg.dtype == "bfloat16" else 4) + 2 * 12 * (not cfg.no_checkpoint))
+    models = 3 + (not cfg.sft_model) + (not cfg.reward_model) + (not cfg.cost_model) + len(cfg.lambdas)
+    states = 0 if cfg.no_checkpoint else 3 if cfg.lambdas else 2
+    size = parameters * (models * (2 if cfg.dtype == "bfloat16" else 4) + states * 12)
     free = shutil.disk_usage(job.out).free + sum(f.stat().st_size for f in job.out.rglob("*") if f.is_file())
     if free < size:
         refuse(f"--output_dir {job.out}: the run writes up to {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are "
@@ -1061,8 +1063,7 @@ def prepare(job):
         check_rows(job, path, flag)
 
 def check_rows(job, source, flag):
-    """Try the longest pair both ways, a shared-prompt row and the model's own forward: some decoders get a
-    (B, 1, L, L) mask silently wrong (short sliding windows), others scale or cap logits behind the head."""
+    """Try a long pair both ways: some decoders get a 4D mask silently wrong, or scale logits at the end."""
     model = inference_model(source, job.cfg, flag)
     prompt, *ys = max((p.ids for p in job.train), key=lambda ids: sum(map(len, ids)))
     other, y = sorted(ys, key=len)
@@ -1143,9 +1144,8 @@ def open_folder(out, settings, where):
     with refusing(f"{where} is not empty", "it holds no run of this program; name another folder"):
         kept = json.loads((out / "config.json").read_text()) if found else settings
         kept["output_dir"]
-    once = settings["method"] != "cdpo"  # its one fit is done
     changed = [f"{key} was {kept.get(key)!r:.80}, is {value!r:.80}" for key, value in settings.items()
-               if kept.get(key) != value and (key not in EXTENDING or key == "iterations" and once)]
+               if kept.get(key) != value and key not in EXTENDING[settings["method"] != "cdpo":]]
     if changed and not settings["overwrite"]:
         refuse(f"{where}: the run there has other settings ({'; '.join(changed)}); use those, name another "
                "folder, or start afresh with --overwrite")
