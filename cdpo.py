@@ -668,8 +668,8 @@ def remove(*paths):
 
 def write(path, value):
     """Write JSON or, where the name asks for them, JSON lines: whole or not at all."""
-    lines = path.suffix == ".jsonl" and [json.dumps(entry, ensure_ascii=False) + "\n" for entry in value]
-    text = "".join(lines) if lines else json.dumps(value, indent=2)
+    text = json.dumps(value, indent=2) if path.suffix == ".json" else "".join(
+        json.dumps(entry, ensure_ascii=False) + "\n" for entry in value)
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8") if RANK == 0 else None
 

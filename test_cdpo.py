@@ -760,6 +760,8 @@ def test_beaver_checkpoints_give_hand_computed_scores(tmp_path, bias, normalize,
     if normalize:
         score = score / 2 if kind == "cost" else (score - 0.5) / 2
     model = cdpo.ScoreModel.from_pretrained(tmp_path / "b")
+    padded = torch.tensor([[3, 4, 5, 6, 0]]), torch.tensor([[1, 1, 1, 1, 0]])
+    assert model(*padded)[0].item() == pytest.approx(score, abs=1e-5)
     assert cdpo.pair_scores(model, cdpo.collate_pairs([([3, 4], [5, 6], [6])]))[0, 0].item() == pytest.approx(score, abs=1e-5)
 
 
@@ -1072,6 +1074,20 @@ def test_bad_settings_are_refused_in_one_line(case, bad_files, tmp_path, capsys,
     quick = [flag for flag in QUICK if flag not in ("--lambda_init", "1")]
     message = refusal_of([*quick, "--output_dir", str(tmp_path / "o"), *flags], capsys)
     assert words in message, message
+
+
+def test_a_one_shot_run_is_not_extended_by_more_iterations(tmp_path, capsys):
+    flags = [flag for flag in QUICK if flag not in ("--lambda_init", "1")] + ["--method", "dpo", "--output_dir", str(tmp_path / "o")]
+    cdpo.main(flags)
+    assert "iterations was 2, is 3" in refusal_of([*flags, "--iterations", "3"], capsys)
+
+
+def test_a_prompt_of_the_table_that_fills_the_length_is_left_out(tmp_path, capsys):
+    prompts = [f"{verb} oil" for verb in cdpo.TINY_VERBS[:4]] + ["mix " * 40]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    cfg = cdpo.Config(max_length=100, template="Q {prompt}:")
+    pairs = cdpo.load_pairs(str(tmp_path / "eval.jsonl"), "eval_dataset", [], cfg, transformers.ByT5Tokenizer())
+    assert [pair.prompt for pair in pairs] == prompts[:4] and "1 prompt that fills" in capsys.readouterr().out
 
 
 def test_a_refused_folder_keeps_every_file(quick, tmp_path, capsys):
