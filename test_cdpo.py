@@ -1,8 +1,11 @@
-"""cdpo.py as claims; expected values never come from cdpo.py itself but from a hand calculation, float64 numpy,
-numerical differentiation, or enumeration of a world small enough to list.
+"""cdpo.py as claims.
+
+Expected values never come from cdpo.py itself but from a hand calculation, float64 numpy, numerical
+differentiation, or the enumeration of a world that is small enough to list.
 
     python -m pytest -q test_cdpo.py
 """
+
 import functools
 import inspect
 import itertools
@@ -14,737 +17,783 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.flop_counter import FlopCounterMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import cdpo
+from cdpo import dpo_loss, estimate, relabel, solve_dual
 
 F64 = functools.partial(torch.tensor, dtype=torch.float64)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are tiny: on a busy machine the threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+
+
+# ---- C-DPO in 30 lines ---------------------------------------------------------------------------
+
+
+def c_dpo(reward, cost, ref_logps, beta, cost_limit):
+    """Algorithm 1 for a policy that is a table of logits; r, c, log π_ref (prompts, responses)."""
+    lam = 0.0
+    logits = ref_logps.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    pairs = torch.combinations(torch.arange(cost.shape[1]))  # of responses to the same prompt
+
+    def of_pairs(values):
+        return values[:, pairs].flatten(0, 1)  # (prompts · pairs, 2)
+
+    for iteration in range(8):
+        prob = relabel(of_pairs(reward), of_pairs(cost), lam)  # (12)
+
+        for step in range(200):
+            logps = logits.log_softmax(dim=1)
+            loss = dpo_loss(of_pairs(logps), of_pairs(ref_logps), prob, beta)  # (13)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        logps = logits.detach().log_softmax(dim=1)
+        y = torch.multinomial(logps.exp(), 5000, replacement=True)  # samples of the policy
+        r, c, log_ratio = (x.gather(1, y) for x in (reward, cost, logps - ref_logps))
+        print(f"iteration {iteration}: λ {lam:.3f}, E[c] ≤ {estimate(c, 0.95):+.3f} at 95%")
+        lam = solve_dual(r, c, beta, cost_limit, log_ratio=log_ratio)  # (14), its minimum at once
+
+    return logps.exp(), lam
+
+
+def pasted(*functions):
+    """A project that has these functions and nothing else but torch and math."""
+    project = {"torch": torch, "math": math}
+    for function in functions:
+        exec(inspect.getsource(function), project)  # noqa: S102
+    return project
+
+
+def test_c_dpo_in_30_lines_from_the_pasted_functions_reaches_the_constrained_optimum():
+    project = pasted(relabel, dpo_loss, solve_dual, estimate, c_dpo)
+    rng, beta, limit = np.random.default_rng(0), 0.5, 0.0
+    reward, noise, log_ref = rng.normal(0, 1, (3, 8, 40))  # 8 prompts × 40 responses
+    cost = 0.7 * reward + 0.7 * noise + 0.3  # what helps tends to harm
+    log_ref -= np.logaddexp.reduce(log_ref, axis=1, keepdims=True)
+    lam_star = bisected_lambda(reward, cost, beta, limit, log_ref=log_ref)
+    optimum = softmax(log_ref + (reward - lam_star * cost) / beta)
+    torch.manual_seed(0)
+    policy, lam = project["c_dpo"](F64(reward), F64(cost), F64(log_ref), beta, limit)
+    policy = policy.numpy()
+    assert lam == pytest.approx(lam_star, abs=0.03) and lam_star > 0.3
+    assert (policy * cost).sum(1).mean() == pytest.approx(limit, abs=0.03)
+    assert (policy * np.log(policy / optimum)).sum(1).mean() < 0.01  # KL, nats
+
+
+# ---- The mathematics, by independent routes ------------------------------------------------------
 
 
 def log_sigmoid(x):
     return -np.logaddexp(0.0, -np.asarray(x, dtype=np.float64))
 
 
-def slope(function, x, index, eps=1e-5):
-    """Central difference of function(x) along one entry of the numpy array x."""
-    up, down = x.copy(), x.copy()
-    up[index] += eps
-    down[index] -= eps
-    return (float(function(up)) - float(function(down))) / (2 * eps)
+def softmax(z):
+    weight = np.exp(z - z.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True)
 
 
 def tilted_cost(reward, cost, lam, beta, log_ref=0.0):
-    """E and Var of c under pi_lam ~ pi_ref exp((r - lam c) / beta), mean over prompts; scores (..., n, m)."""
-    z = log_ref + (reward - np.asarray(lam)[..., None, None] * cost) / np.asarray(beta)[..., None, None]
-    weight = np.exp(z - z.max(-1, keepdims=True))
-    weight /= weight.sum(-1, keepdims=True)
-    mean = (weight * cost).sum(-1)
-    return mean.mean(-1), (weight * (cost - mean[..., None]) ** 2).sum(-1).mean(-1)
+    """E[c] of π_λ ∝ π_ref·exp((r − λc)/β), its mean over prompts. (n, m) → number"""
+    return (softmax(log_ref + (reward - lam * cost) / beta) * cost).sum(1).mean()
 
 
 def bisected_lambda(reward, cost, beta, limit, lam_max=100.0, log_ref=0.0):
-    """The multiplier by bisection on E[c] - limit, which falls in lam; for a stack of problems at once."""
-    low, high = np.zeros_like(limit, dtype=np.float64), np.full_like(limit, lam_max, dtype=np.float64)
+    """The multiplier by bisection on E[c] − limit, which falls in λ."""
+    low, high = 0.0, lam_max
     for _ in range(100):
         middle = (low + high) / 2
-        violated = tilted_cost(reward, cost, middle, beta, log_ref)[0] > limit
-        low, high = np.where(violated, middle, low), np.where(violated, high, middle)
+        if tilted_cost(reward, cost, middle, beta, log_ref) > limit:
+            low = middle
+        else:
+            high = middle
     return high
 
 
-def dual_descent(reward, cost, beta, limit, lam_max=100.0, steps=2000):
-    """Projected gradient descent on the dual, lam <- [lam - step (limit - E[c])]+ (CAN's procedure), for a
-    stack of problems. The step grows until it overshoots: no fixed one serves curvatures 1e-6 to 1e6."""
-    lam, step = np.zeros_like(limit), beta / cost.var((-1, -2))
-    gradient = limit - tilted_cost(reward, cost, lam, beta)[0]
-    for _ in range(steps):
-        trial = np.clip(lam - step * gradient, 0.0, lam_max)
-        if np.abs(trial - lam).max() < 1e-10:
-            break
-        trial_gradient = limit - tilted_cost(reward, cost, trial, beta)[0]
-        accept = trial_gradient * gradient >= -0.5 * gradient**2
-        lam, gradient = np.where(accept, trial, lam), np.where(accept, trial_gradient, gradient)
-        step = np.where(accept, np.minimum(step * 1.5, 1e9), step / 2)
-    return lam
-
-
-# ---- (3), (5): the losses of the reward and cost models ------------------------------------------------
-
-
-def test_bradley_terry_loss_is_ln2_at_equal_scores_and_agrees_with_numpy():
-    assert cdpo.bradley_terry_loss(F64([3.0]), F64([3.0])).item() == pytest.approx(math.log(2), abs=1e-12)
-    chosen, rejected = np.random.default_rng(0).normal(0, 3, (2, 50))
-    loss = cdpo.bradley_terry_loss(F64(chosen), F64(rejected))
-    expected = -log_sigmoid(chosen - rejected).mean()
-    assert loss.shape == () and loss.item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_cost_loss_agrees_with_the_three_terms_of_equation_5():
-    rng = np.random.default_rng(1)
-    worse, better = rng.normal(0, 2, (2, 60))
-    s_worse, s_better = np.tile([[1, 1, -1], [1, -1, -1]], 20)  # never a safe one worse than an unsafe one
-    expected = -(log_sigmoid(worse - better) + log_sigmoid(s_worse * worse) + log_sigmoid(s_better * better))
-    loss = cdpo.cost_loss(F64(worse), F64(better), F64(s_worse), F64(s_better))
+def test_score_losses_agree_with_equations_3_and_5_in_numpy():
+    first, second = np.random.default_rng(0).normal(0, 3, (2, 60))
+    loss = cdpo.bradley_terry_loss(F64(first), F64(second))
+    assert loss.item() == pytest.approx(-log_sigmoid(first - second).mean(), abs=1e-12)
+    s_worse, s_better = np.tile([[1, 1, -1], [1, -1, -1]], 20)  # no safe one worse than an unsafe
+    expected = -log_sigmoid(first - second)
+    expected -= log_sigmoid(s_worse * first) + log_sigmoid(s_better * second)
+    loss = cdpo.cost_loss(F64(first), F64(second), F64(s_worse), F64(s_better))
     assert loss.shape == () and loss.item() == pytest.approx(expected.mean(), abs=1e-12)
 
 
-@pytest.mark.parametrize("s_worse, s_better", [(1, -1), (1, 1), (-1, -1)])
-def test_descending_the_cost_loss_puts_worse_above_better_and_unsafe_above_zero(s_worse, s_better):
-    def loss(costs):
-        return cdpo.cost_loss(*F64(costs)[:, None], F64([s_worse]), F64([s_better]))
-    costs = np.array([-0.5, 0.5])  # (worse, better), starting the wrong way
-    autograd = torch.tensor(costs, requires_grad=True)
-    cdpo.cost_loss(*autograd[:, None], F64([s_worse]), F64([s_better])).backward()
-    assert autograd.grad.numpy() == pytest.approx([slope(loss, costs, 0), slope(loss, costs, 1)], abs=1e-8)
-    for _ in range(200):
-        costs = costs - 0.5 * np.array([slope(loss, costs, 0), slope(loss, costs, 1)])
-    assert costs[0] > costs[1] and (np.sign(costs) == [s_worse, s_better]).all()
-
-
-@DTYPES
-def test_losses_and_their_gradients_stay_finite_and_linear_at_huge_scores(dtype):
-    # exp(1e4) overflows both types; -log sigmoid(-x) is x there, so the values are known by hand
-    high, low = (torch.tensor([x], dtype=dtype, requires_grad=True) for x in (1e4, -1e4))
-    one = torch.ones(1, dtype=dtype)
-    policy = torch.cat([low, high])[None]
+def test_losses_and_their_gradients_stay_finite_and_linear_at_huge_scores():
+    # exp(1e4) overflows; −log σ(−x) is x there, so the values are known by hand
+    logps = torch.tensor([[-1e4, 1e4]], requires_grad=True)
+    (low, high), one = logps.T, torch.ones(1)
     for loss, value in [
-        (cdpo.bradley_terry_loss(low, high), 2e4), (cdpo.bradley_terry_loss(high, low), 0.0),
-        (cdpo.cost_loss(low, high, one, -one), 4e4), (cdpo.cost_loss(high, low, one, -one), 0.0),
-        (cdpo.dpo_loss(policy, torch.zeros_like(policy), one, 1.0), 2e4),
-        (cdpo.dpo_loss(policy, torch.zeros_like(policy), 0 * one, 1.0), 0.0),  # 0 * log(0) is not nan here
+        (cdpo.bradley_terry_loss(low, high), 2e4),
+        (cdpo.cost_loss(low, high, one, -one), 4e4),
+        (dpo_loss(logps, torch.zeros_like(logps), one, 1.0), 2e4),
+        (dpo_loss(logps, torch.zeros_like(logps), 0 * one, 1.0), 0.0),  # no 0·log(0)
     ]:
-        gradients = torch.autograd.grad(loss, (high, low), retain_graph=True)
-        assert loss.item() == pytest.approx(value, rel=1e-6) and all(g.isfinite().all() for g in gradients)
-
-
-# ---- (12): relabelling ---------------------------------------------------------------------------------
+        assert loss.item() == pytest.approx(value)
+        assert torch.autograd.grad(loss, logps, retain_graph=True)[0].isfinite().all()
 
 
 def test_soft_labels_are_the_preference_of_the_lagrangian_reward():
-    rng = np.random.default_rng(2)
-    reward, cost = rng.normal(0, 2, (2, 40, 2))
+    reward, cost = np.random.default_rng(2).normal(0, 2, (2, 40, 2))
     for lam in (0.0, 0.3, 2.0):
-        odds = np.exp(reward - lam * cost)  # Bradley-Terry: odds of a win
-        p = cdpo.relabel(F64(reward), F64(cost), lam)
-        assert p.shape == (40,) and p.numpy() == pytest.approx(odds[:, 0] / odds.sum(1), abs=1e-12)
-    # two equally helpful responses: only the multiplier on the cost speaks against the harmful one
-    p = cdpo.relabel(F64([[1.0, 1.0]]), F64([[2.0, 0.0]]), 1.0)
-    assert p.item() == pytest.approx(1 / (1 + math.exp(2)))
+        odds = np.exp(reward - lam * cost)  # Bradley–Terry: odds of a win
+        p = relabel(F64(reward), F64(cost), lam)
+        assert p.numpy() == pytest.approx(odds[:, 0] / odds.sum(1), abs=1e-12)
     huge = F64([[1e4, -1e4], [-1e4, 1e4]])  # odds beyond any float
-    assert cdpo.relabel(huge, 0 * huge, 1.0).tolist() == [1.0, 0.0]
+    assert relabel(huge, 0 * huge, 1.0).tolist() == [1.0, 0.0]
 
 
-def test_sampled_labels_are_zero_or_one_and_their_mean_is_the_soft_label():
+def test_soft_relabel_is_the_expectation_of_sampled_labels():
     reward, cost, lam, draws = [1.0, -0.5], [0.7, 0.2], 0.8, 40_000
     p = 1 / (1 + math.exp(-(1.0 - 0.8 * 0.7) + (-0.5 - 0.8 * 0.2)))
-    generator = torch.Generator().manual_seed(0)
-    labels = cdpo.relabel(F64([reward] * draws), F64([cost] * draws), lam, "sample", generator)
+    generator, before = torch.Generator().manual_seed(0), torch.get_rng_state()
+    labels = relabel(F64([reward] * draws), F64([cost] * draws), lam, "sample", generator)
     assert labels.shape == (draws,) and set(labels.tolist()) == {0.0, 1.0}
     assert labels.mean().item() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / draws))
-
-
-def test_sampled_labels_depend_on_the_generator_alone():
-    reward, cost = torch.zeros(2, 64, 2)  # 64 fair coins
-    def draw(seed):
-        return cdpo.relabel(reward, cost, 1.0, "sample", torch.Generator().manual_seed(seed)).tolist()
-    before = torch.get_rng_state()
-    assert draw(5) == draw(5) != draw(6)
-    assert torch.equal(torch.get_rng_state(), before), "the global generator was used although one was given"
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
 
 
 def test_hard_labels_pick_the_higher_lagrangian_reward_and_split_ties():
-    reward, cost = F64([[1.0, 0.0]] * 3), F64([[0.0, 0.0], [4.0, 0.0], [2.0, 0.0]])
-    assert cdpo.relabel(reward, cost, 0.5, "hard").tolist() == [1.0, 0.0, 0.5]
-
-
-def test_an_unknown_label_mode_is_a_value_error():
+    # r_λ by hand, λ = 0.5: (1, 0), (−1, 0), (0, 0); (2, 3), (−1, −4), (3, 3): none of the last is 0
+    reward = F64([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [2.0, 4.0], [0.0, -3.0], [4.0, 3.0]])
+    cost = F64([[0.0, 0.0], [4.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0], [2.0, 0.0]])
+    assert relabel(reward, cost, 0.5, "hard").tolist() == [1.0, 0.0, 0.5, 0.0, 1.0, 0.5]
     with pytest.raises(ValueError):
-        cdpo.relabel(torch.zeros(1, 2), torch.zeros(1, 2), 0.0, mode="sfot")
+        relabel(reward, cost, 0.5, mode="sfot")
 
 
-# ---- (11), (13): DPO on soft labels, the implicit reward -----------------------------------------------
-
-
-def random_logps(rng, pairs):
-    return rng.normal(-30, 5, (pairs, 2)), rng.normal(-30, 5, (pairs, 2))  # policy, reference
-
-
-def test_dpo_loss_is_ln2_whatever_the_labels_when_the_policy_is_the_reference():
-    logps, _ = random_logps(np.random.default_rng(3), 10)
-    for p in (0.0, 0.3, 1.0):
-        loss = cdpo.dpo_loss(F64(logps), F64(logps), F64([p] * 10), 0.7)
-        assert loss.shape == () and loss.item() == pytest.approx(math.log(2), abs=1e-12)
-
-
-@pytest.mark.parametrize("winner", [0, 1])
-def test_dpo_loss_with_certain_labels_is_the_plain_dpo_formula(winner):
-    policy, ref = random_logps(np.random.default_rng(4), 30)
-    w, l, beta = winner, 1 - winner, 0.1
-    expected = -log_sigmoid(beta * ((policy[:, w] - ref[:, w]) - (policy[:, l] - ref[:, l]))).mean()
-    loss = cdpo.dpo_loss(F64(policy), F64(ref), F64([1.0 - winner] * 30), beta)
-    assert loss.item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_soft_dpo_loss_is_the_expectation_over_every_labelling():
-    policy, ref = random_logps(np.random.default_rng(5), 4)
+def test_soft_dpo_loss_is_the_expectation_of_dpos_own_over_every_labelling():
+    policy, ref = np.random.default_rng(5).normal(-30, 5, (2, 4, 2))
     p, beta, expected = np.array([0.1, 0.5, 0.8, 0.97]), 0.2, 0.0
-    for code in range(16):  # all 2^4 labellings of 4 pairs
-        labels = np.array([code >> i & 1 for i in range(4)], dtype=float)
-        chance = np.where(labels == 1, p, 1 - p).prod()
-        expected += chance * cdpo.dpo_loss(F64(policy), F64(ref), F64(labels), beta).item()
-    assert cdpo.dpo_loss(F64(policy), F64(ref), F64(p), beta).item() == pytest.approx(expected, abs=1e-12)
-
-
-def fit_policy(logits, log_ref, prompt, pair, prob, beta):
-    """Full-batch LBFGS on the logits of a tabular policy: soft labels have no noise, the fit can be exact."""
-    optimizer = torch.optim.LBFGS([logits], max_iter=300, tolerance_grad=1e-9, tolerance_change=1e-13,
-                                  line_search_fn="strong_wolfe")
-    ref_logps = log_ref[prompt, pair]
-
-    def closure():
-        optimizer.zero_grad()
-        loss = cdpo.dpo_loss(logits.log_softmax(-1)[prompt, pair], ref_logps, prob, beta)
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-
-
-def test_the_minimiser_of_the_soft_dpo_loss_is_the_optimal_policy_of_equation_11():
-    rng = np.random.default_rng(6)
-    (reward, cost, log_ref), beta, lam = rng.normal(0, 1, (3, 2, 6)), 0.5, 0.8  # 2 prompts, 6 responses
-    log_ref = F64(log_ref).log_softmax(-1)
-    pair = torch.combinations(torch.arange(6)).repeat(2, 1)  # all 15 pairs, twice
-    prompt = torch.arange(2).repeat_interleave(15)[:, None]
-    logits = log_ref.clone().requires_grad_()
-    prob = cdpo.relabel(F64(reward)[prompt, pair], F64(cost)[prompt, pair], lam)
-    fit_policy(logits, log_ref, prompt, pair, prob, beta)
-    optimal = np.exp(log_ref.numpy() + (reward - lam * cost) / beta)
-    optimal /= optimal.sum(1, keepdims=True)
-    assert logits.softmax(-1).detach().numpy() == pytest.approx(optimal, abs=1e-5)
+    gain = beta * ((policy - ref)[:, 0] - (policy - ref)[:, 1])
+    for labels in itertools.product((0.0, 1.0), repeat=4):
+        labels = np.array(labels)
+        plain = -log_sigmoid(np.where(labels == 1, gain, -gain)).mean()  # arXiv 2305.18290
+        expected += np.where(labels == 1, p, 1 - p).prod() * plain
+    soft = dpo_loss(F64(policy), F64(ref), F64(p), beta)
+    assert soft.shape == () and soft.item() == pytest.approx(expected, abs=1e-12)
+    same = dpo_loss(F64(policy), F64(policy), F64(p), beta)
+    assert same.item() == pytest.approx(math.log(2), abs=1e-12)  # whatever the labels
 
 
 def test_the_implicit_reward_of_an_optimal_policy_is_its_reward_up_to_a_constant():
     reward, ref, beta = np.array([0.3, -1.0, 2.0]), np.array([0.2, 0.5, 0.3]), 0.1
     optimal = ref * np.exp(reward / beta)
-    pair = np.array([[0, 1], [2, 1]])
-    logps, ref_logps = F64(np.log(optimal / optimal.sum())[pair]), F64(np.log(ref)[pair])
-    implicit = cdpo.implicit_reward(logps, ref_logps, beta).numpy()
-    assert implicit[:, 0] - implicit[:, 1] == pytest.approx([1.3, 3.0], abs=1e-12)
-    assert cdpo.implicit_reward(F64([[-1.0, -2.0]]), F64([[-4.0, -1.0]]), 0.5).tolist() == [[1.5, -0.5]]
-
-
-# ---- (14): steps on the multiplier ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name, rate", [("lambda_step", "lr"), ("newton_lambda_step", "beta")])
-def test_a_dual_step_rises_when_the_limit_is_broken_falls_when_slack_and_stops_at_zero(name, rate):
-    step = functools.partial(getattr(cdpo, name), **{rate: 0.1})
-    cost = torch.tensor([[1.0, 3.0], [0.0, 4.0]])  # mean 2
-    assert step(0.5, cost, 1.0) > 0.5 > step(0.5, cost, 2.5) > 0.0
-    assert step(0.5, cost, 2.0) == pytest.approx(0.5) and step(0.5, cost, 1000.0) == 0.0
+    implicit = cdpo.implicit_reward(F64(np.log(optimal / optimal.sum())), F64(np.log(ref)), beta)
+    assert (implicit - implicit[0]).tolist() == pytest.approx([0.0, -1.3, 1.7], abs=1e-12)
 
 
 def test_lambda_step_by_hand_for_costs_of_any_shape():
     for shape in [(6,), (2, 3), (3, 1, 2)]:
         cost = F64([1.0, 2.0, 3.0, 4.0, 5.0, 9.0]).reshape(shape)  # mean 4
-        assert cdpo.lambda_step(0.2, cost, 1.5, 0.1) == pytest.approx(0.45, abs=1e-12)
-        assert cdpo.lambda_step(0.2, cost, 5.5, 0.1) == pytest.approx(0.05, abs=1e-12)
-
-
-def test_newton_step_divides_the_violation_by_the_mean_variance_within_prompts():
-    for seed, (n, m) in enumerate([(7, 3), (1, 2), (5, 40), (2, 9)]):
-        prompts_far_apart = 10 * np.arange(n)[:, None]  # this variance is none of the policy's
-        cost = prompts_far_apart + np.random.default_rng(seed).normal(0, 2, (n, m))
-        limit = cost.mean() - 0.4
-        # divided by m - 1: E_x Var is estimated without bias (at m = 2 the other choice halves it)
-        expected = 0.5 + 0.25 * 0.3 * 0.4 / cost.var(axis=1, ddof=1).mean()
-        for view in (F64(cost), F64(cost.T.copy()).T):  # contiguous or not
-            assert cdpo.newton_lambda_step(0.5, view, limit, 0.3, damping=0.25) == pytest.approx(expected)
-        half_step = 0.5 + 0.5 * 0.3 * 0.4 / cost.var(axis=1, ddof=1).mean()
-        assert cdpo.newton_lambda_step(0.5, F64(cost), limit, 0.3) == pytest.approx(half_step)
-
-
-@pytest.mark.parametrize("scale", [1e-3, 20.0, 1e4])
-def test_newton_step_does_not_change_when_the_cost_models_scale_does(scale):
-    cost = F64(np.random.default_rng(8).normal(0.5, 1, (8, 4)))
-    step = cdpo.newton_lambda_step(0.7, cost, 0.1, 0.1)
-    # lam * cost is what the policy sees: the multiplier of a cost k times as large is k times as small
-    scaled = cdpo.newton_lambda_step(0.7 / scale, scale * cost, scale * 0.1, 0.1)
-    assert step != pytest.approx(0.7, abs=1e-3) and scaled * scale == pytest.approx(step, rel=1e-9)
-
-
-@DTYPES
-@pytest.mark.parametrize("m", [1, 3, 7])
-def test_newton_step_refuses_costs_without_variance_within_prompts(m, dtype):
-    cost = torch.tensor([[0.1], [1 / 3], [-1000.1]], dtype=dtype).expand(3, m)
-    with pytest.raises(ValueError):  # neither a nan that max() turns into 0 nor a division by rounding error
-        cdpo.newton_lambda_step(0.5, cost, 5000.0, 0.1)
-
-
-# ---- (9): the dual function and its solution -----------------------------------------------------------
-
-
-def test_dual_value_is_the_highest_lagrangian_over_all_policies():
-    rng = np.random.default_rng(9)
-    (reward, cost), lam, beta, limit = rng.normal(0, 1, (2, 3, 5)), 0.6, 0.4, 0.2
-    def lagrangian(z):  # policy softmax(z) beside a uniform pi_ref
-        log_pi = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
-        return (np.exp(log_pi) * (reward - beta * (log_pi + np.log(5)) - lam * (cost - limit))).sum(1).mean()
-    value = cdpo.dual_value(F64(reward), F64(cost), lam, beta, limit)
-    best = (reward - lam * cost) / beta
-    assert value.shape == () and value.item() == pytest.approx(lagrangian(best), abs=1e-12)
-    assert all(value.item() > lagrangian(best + rng.normal(0, 0.3, best.shape)) for _ in range(200))
+        for limit, lam in ((1.5, 0.45), (5.5, 0.05), (4.0, 0.2), (9.0, 0.0)):
+            assert cdpo.lambda_step(0.2, cost, limit, 0.1) == pytest.approx(lam, abs=1e-12)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_dual_value_agrees_with_a_float64_logsumexp(scale):
-    rng = np.random.default_rng(10)
+def test_dual_value_is_the_highest_lagrangian_and_its_slope_the_slack_of_pi_lambda(scale):
+    rng, eps = np.random.default_rng(9), 1e-6
     (reward, cost), lam, beta, limit = scale * rng.normal(0, 1, (2, 6, 9)), 1.7, 0.05, 0.3 * scale
-    z = (reward - lam * (cost - limit)) / beta  # up to 1e4: exp(z) would overflow
-    expected = beta * (np.logaddexp.reduce(z, axis=1) - np.log(9)).mean()
-    for dtype, accuracy in [(torch.float64, 1e-12), (torch.float32, 1e-4)]:
+
+    def lagrangian(z):  # of the policy softmax(z) beside a uniform π_ref
+        policy, log_pi = softmax(z), z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+        objective = reward - beta * (log_pi + np.log(9)) - lam * (cost - limit)
+        return (policy * objective).sum(1).mean()
+
+    best = (reward - lam * cost) / beta  # up to 1e4: its exponential would overflow
+    for dtype, accuracy in [(torch.float64, 1e-9), (torch.float32, 1e-4)]:
         value = cdpo.dual_value(F64(reward).to(dtype), F64(cost).to(dtype), lam, beta, limit)
-        assert value.item() == pytest.approx(expected, rel=accuracy)
+        assert value.item() == pytest.approx(lagrangian(best), rel=accuracy)
+    others = [lagrangian(best + rng.normal(0, 1, best.shape)) for _ in range(200)]
+    assert lagrangian(best) >= max(others)
+    ends = [cdpo.dual_value(F64(reward), F64(cost), lam + d, beta, limit) for d in (-eps, eps)]
+    slack = limit - tilted_cost(reward, cost, lam, beta)  # (14)
+    assert float(ends[1] - ends[0]) / (2 * eps) == pytest.approx(slack, rel=1e-3)
 
 
-def test_dual_slope_is_the_slack_of_pi_lambda_and_its_curvature_the_variance_over_beta():
-    rng = np.random.default_rng(11)
-    (reward, cost), beta, limit, eps = rng.normal(0, 1, (2, 8, 12)), 0.3, -0.2, 1e-3
-    for lam in (0.05, 0.5, 2.0):
-        below, here, above = (cdpo.dual_value(F64(reward), F64(cost), lam + d, beta, limit).item()
-                              for d in (-eps, 0.0, eps))
-        mean, variance = tilted_cost(reward, cost, lam, beta)
-        assert (above - below) / (2 * eps) == pytest.approx(limit - mean, abs=1e-4)
-        assert (above - 2 * here + below) / eps**2 == pytest.approx(variance / beta, rel=1e-3)
+def dual_problem(number):
+    """Scores and β of many scales; E[c] at λ = 0 and at 100, and the lowest."""
+    rng = np.random.default_rng(number)
+    scale, beta = 10 ** rng.uniform([-2, -2], [2, 0])
+    cost = scale * (rng.normal(0, 1, (6, 12)) + rng.normal(0, 0.5, (6, 1)))
+    reward = scale * 10 ** rng.uniform(-0.5, 0.5) * rng.normal(0, 1, (6, 12))
+    start, end = (tilted_cost(reward, cost, lam, beta) for lam in (0.0, 100.0))
+    return reward, cost, float(beta), float(scale), start, end, cost.min(1).mean()
 
 
-@functools.lru_cache
-def dual_problems(count=240, lam_max=100.0):
-    """Stacked problems, scales 0.01 to 100 and beta 0.01 to 1: half have an interior lam*, a quarter are
-    slack, a quarter infeasible, some of these for every lam and some only within lam_max."""
-    rng = np.random.default_rng(12)
-    scale, beta = 10 ** rng.uniform([-2, -2], [2, 0], (count, 2)).T
-    cost = scale[:, None, None] * (rng.normal(0, 1, (count, 6, 12)) + rng.normal(0, 0.5, (count, 6, 1)))
-    reward = (scale * 10 ** rng.uniform(-0.5, 0.5, count))[:, None, None] * rng.normal(0, 1, (count, 6, 12))
-    start, end = (tilted_cost(reward, cost, np.full(count, lam), beta)[0] for lam in (0.0, lam_max))
-    lowest, number = cost.min(-1).mean(-1), np.arange(count)
-    kind = np.array(["interior", "slack", "interior", "infeasible"])[number % 4]
-    interior = end + rng.uniform(0.05, 0.95, count) * (start - end)
-    within = (number // 4) % 2 & (end - lowest > 1e-3 * scale)
-    infeasible = np.where(within, (end + lowest) / 2, lowest - 0.1 * scale)
-    limit = np.where(kind == "interior", interior, np.where(kind == "slack", start + 0.1 * scale, infeasible))
-    return reward, cost, beta, limit, kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solve_dual_is_the_bisected_multiplier_at_any_scale(dtype):
+    for number in range(100):
+        reward, cost, beta, _, start, end, _ = dual_problem(number)
+        limit = float(end + np.random.default_rng(number).uniform(0.05, 0.95) * (start - end))
+        problem = torch.tensor(reward, dtype=dtype), torch.tensor(cost, dtype=dtype), beta, limit
+        lam, (reward, cost) = solve_dual(*problem), (x.double().numpy() for x in problem[:2])
+        assert lam == pytest.approx(bisected_lambda(reward, cost, beta, limit), rel=1e-6), number
 
 
-def test_solve_dual_agrees_with_bisection_and_with_gradient_descent_on_the_dual():
-    reward, cost, beta, limit, kind = dual_problems()
-    bisected, descended = bisected_lambda(reward, cost, beta, limit), dual_descent(reward, cost, beta, limit)
-    assert np.abs(bisected - descended).max() < 1e-6, "the two routes of this test must agree first"
-    for i, problem in enumerate(zip(F64(reward), F64(cost), beta.tolist(), limit.tolist())):
-        if kind[i] == "infeasible":
-            with pytest.raises(ValueError):
-                cdpo.solve_dual(*problem)
-        else:
-            lam = cdpo.solve_dual(*problem)
-            assert lam == pytest.approx(bisected[i], rel=0, abs=1e-6), f"problem {i}, {kind[i]}"
-            assert lam == pytest.approx(descended[i], rel=0, abs=1e-6), f"problem {i}, {kind[i]}"
-            assert (lam == 0.0) == (kind[i] == "slack"), f"problem {i}, {kind[i]}"
+def test_solve_dual_is_zero_for_a_slack_limit_and_says_what_can_be_reached_for_another():
+    for number in range(20):
+        reward, cost, beta, scale, start, _, lowest = dual_problem(number)
+        assert solve_dual(F64(reward), F64(cost), beta, start + 0.1 * scale) == 0.0
+        at_end = tilted_cost(reward, cost, 0.5, beta)  # of lam_max = 0.5
+        with pytest.raises(ValueError) as error:
+            solve_dual(F64(reward), F64(cost), beta, lowest - 0.1 * scale, 0.5)
+        named = re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", str(error.value))
+        for value in (lowest, at_end):  # to four digits
+            assert any(float(x) == pytest.approx(value, rel=5e-4) for x in named), error.value
+    for broken in ((reward * math.nan, cost), (reward, cost * math.inf)):
+        with pytest.raises(ValueError, match="not finite"):
+            solve_dual(*map(F64, broken), beta, 0.0)
 
 
-def test_solve_dual_on_float32_scores_is_the_multiplier_of_those_scores():
-    reward, cost, beta, limit, _ = (x[dual_problems()[4] == "interior"] for x in dual_problems())
-    reward, cost = F64(reward).float(), F64(cost).float()
-    expected = bisected_lambda(reward.double().numpy(), cost.double().numpy(), beta, limit)
-    for i, problem in enumerate(zip(reward, cost, beta.tolist(), limit.tolist())):
-        assert cdpo.solve_dual(*problem) == pytest.approx(expected[i], rel=1e-3), f"problem {i}"
+def test_estimate_and_ci95_by_hand_are_clustered_by_prompt():
+    # prompt means 0, 2, 4: mean 2, std 2, standard error 2/√3; samples within prompts differ
+    values, error = F64([[-5.0, 5.0], [1.0, 3.0], [4.0, 4.0]]), 2 / math.sqrt(3)
+    assert estimate(values) == estimate(values, 0.5) == pytest.approx(2.0, abs=1e-12)
+    assert estimate(values, 0.95) == pytest.approx(2 + 1.644854 * error, abs=1e-5)
+    interval = [2 - 1.959964 * error, 2 + 1.959964 * error]
+    assert cdpo.ci95(values) == pytest.approx(interval, abs=1e-5)
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_solve_dual_names_the_lowest_reachable_cost_and_the_cost_at_lam_max(scale):
-    rng = np.random.default_rng(13)
-    (reward, cost), lam_max = rng.normal(0, scale, (2, 5, 8)), 0.7
-    reachable, at_end = cost.min(1).mean(), tilted_cost(reward, cost, lam_max, scale)[0]
-    assert at_end - reachable > 0.1 * scale
-    problem = F64(reward), F64(cost), scale, (reachable + at_end) / 2  # beta as large as the scores
-    with pytest.raises(ValueError) as error:
-        cdpo.solve_dual(*problem, lam_max)
-    named = [float(x) for x in re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", str(error.value).replace("−", "-"))]
-    for value in (reachable, at_end):
-        assert any(x == pytest.approx(value, rel=5e-4) for x in named), f"{value} to 4 digits: {error.value}"
-    assert cdpo.solve_dual(*problem) > lam_max  # the default, 100, reaches far enough
+def test_predict_by_hand():
+    # λ = 2, β = 0.5, (r − λc)/β − log_ratio: 0 and ln 3 for both prompts, so weights 1/4 and 3/4
+    cost, log_ratio = F64([[1.0, 2.0], [-1.0, 3.0]]), F64([[0.3, 0.1], [-1.0, 0.5]])
+    reward = 2 * cost + 0.5 * F64([0.0, math.log(3)])
+    for r, ratio in ((reward, None), (reward + 0.5 * log_ratio, log_ratio)):
+        found = cdpo.predict(r, cost, 2.0, 0.5, ratio)
+        means = (r * F64([0.25, 0.75])).sum(1).tolist()
+        assert found["cost"] == pytest.approx((1.75 + 2.0) / 2, abs=1e-12)
+        assert found["reward"] == pytest.approx(sum(means) / 2, abs=1e-12)
+        error = 1.959964 * 0.125  # of two means, 1.75 and 2: half their distance
+        assert found["cost_ci95"] == pytest.approx([1.875 - error, 1.875 + error])
+        assert found["ess"] == pytest.approx(1 / (1 / 16 + 9 / 16), abs=1e-12)
+        kl = math.log(2) + 0.25 * math.log(0.25) + 0.75 * math.log(0.75)
+        assert found["kl"] == pytest.approx(kl, abs=1e-12)
+    sure = cdpo.predict(F64([[900.0, 0.0, 0.0]]), F64([[1.0, 0.0, 0.0]]), 0.0, 1.0)
+    assert (sure["ess"], sure["cost"]) == (1.0, 1.0) and sure["kl"] == pytest.approx(math.log(3))
+    cost = np.random.default_rng(17).normal(0, 1, (400, 1))  # many prompts: the normal's interval
+    found, error = cdpo.predict(F64(cost), F64(cost), 0.5, 1.0), cost.std() / 20
+    interval = [cost.mean() - 1.96 * error, cost.mean() + 1.96 * error]
+    assert found["cost_ci95"] == pytest.approx(interval, abs=0.01 * error)
 
 
-# ---- types and self-containedness ----------------------------------------------------------------------
+def test_reweighted_samples_of_another_policy_stand_for_samples_of_pi_ref():
+    # π_ref and π over five responses; π's samples, each exactly as often as π has it
+    reward, cost = np.random.default_rng(16).normal(0, 1, (2, 4, 5))
+    ref, pi, beta = np.array([5, 1, 2, 7, 5]) / 20, np.array([1, 8, 5, 2, 4]) / 20, 0.6
+    y = np.repeat(np.arange(5), [1, 8, 5, 2, 4])
+    log_ratio = F64(np.tile(np.log(pi / ref)[y], (4, 1)))
+    drawn = F64(reward[:, y]), F64(cost[:, y])
+    expected = bisected_lambda(reward, cost, beta, -0.4, log_ref=np.log(ref))
+    lam = solve_dual(*drawn, beta, -0.4, log_ratio=log_ratio)
+    assert lam > 0.1 and lam == pytest.approx(expected, rel=1e-9)
+    assert solve_dual(*drawn, beta, -0.4) != pytest.approx(expected, rel=0.05)  # as if π_ref's
+    found = cdpo.predict(*drawn, 0.7, beta, log_ratio)
+    optimal = softmax(np.log(ref) + (reward - 0.7 * cost) / beta)
+    for key, values in (("reward", reward), ("cost", cost), ("kl", np.log(optimal / pi))):
+        assert found[key] == pytest.approx((optimal * values).sum(1).mean(), abs=1e-12), key
 
 
-def a_call_of_each(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_public_function_works_when_pasted_beside_torch_and_math_alone(dtype):
     a, b = torch.randn(2, 5, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    one, within = torch.ones(5, dtype=dtype), (b.min(1).values.mean().item() + b.mean().item()) / 2
-    tensors = [("bradley_terry_loss", a[:, 0], b[:, 0]), ("cost_loss", a[:, 0], b[:, 0], one, -one),
-               *[("relabel", a, b, 0.3, mode, torch.Generator()) for mode in ("soft", "sample", "hard")],
-               ("dpo_loss", a, b, one / 2, 0.1), ("implicit_reward", a, b, 0.1),
-               ("dual_value", a, b, 0.3, 0.1, 0.0)]
-    floats = [("lambda_step", 0.1, b, 0.0, 0.1), ("newton_lambda_step", 0.1, b, 0.0, 0.1),
-              ("solve_dual", a, b, 1.0, within), ("solve_dual", a, b, 1.0, 100.0)]  # the last is slack
-    return tensors, floats
+    one, limit = torch.ones(5, dtype=dtype), (b.amin(1).mean().item() + b.mean().item()) / 2
+    rows = random_rows([(5, [3, 4]), (2, [1, 0, 6])])
+    for name, *arguments in [
+        ("bradley_terry_loss", a[:, 0], b[:, 0]),
+        ("cost_loss", a[:, 0], b[:, 0], one, -one),
+        ("relabel", a, b, 0.3, "soft"),
+        ("relabel", a, b, 0.3, "sample"),
+        ("relabel", a, b, 0.3, "hard"),
+        ("dpo_loss", a, b, one / 2, 0.1),
+        ("lambda_step", 0.1, b, 0.0, 0.1),
+        ("dual_value", a, b, 0.3, 0.1, 0.0),
+        ("solve_dual", a, b, 1.0, limit),
+        ("solve_dual", a, b, 1.0, 100.0, 100.0, a / 9),
+        ("implicit_reward", a, b, 0.1),
+        ("estimate", a, 0.9),
+        ("ci95", a),
+        ("predict", a, b, 0.3, 0.5, a / 9),
+        ("collate_rows", rows, 7),
+        ("sequence_logps", tiny_model("llama"), cdpo.collate_rows(rows)),
+    ]:
+        results = []
+        for function in (getattr(cdpo, name), pasted(getattr(cdpo, name))[name]):
+            torch.manual_seed(0)
+            results.append(function(*arguments))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        if isinstance(results[0], torch.Tensor) and name != "sequence_logps":
+            assert results[0].dtype == dtype, name
+        if name in ("lambda_step", "solve_dual", "estimate"):
+            assert type(results[0]) is float, name
 
 
-@DTYPES
-def test_tensors_come_back_in_the_dtype_they_came_in_and_multipliers_as_floats(dtype):
-    tensors, floats = a_call_of_each(dtype)
-    for name, *arguments in tensors:
-        assert getattr(cdpo, name)(*arguments).dtype == dtype, name
-    for name, *arguments in floats:
-        assert type(getattr(cdpo, name)(*arguments)) is float, name
-    for now, fresh in zip(sum(a_call_of_each(dtype), []), tensors + floats):  # and no argument was written to
-        assert all(torch.equal(x, y) for x, y in zip(now, fresh) if isinstance(x, torch.Tensor)), now[0]
-
-
-def test_each_function_works_when_pasted_beside_import_torch_alone():
-    for name, *arguments in sum(a_call_of_each(torch.float64), []):
-        project = {"torch": torch}
-        exec(inspect.getsource(getattr(cdpo, name)), project)
-        fresh = [torch.Generator() if isinstance(x, torch.Generator) else x for x in arguments]
-        pasted, original = project[name](*arguments), getattr(cdpo, name)(*fresh)
-        assert torch.equal(torch.as_tensor(pasted), torch.as_tensor(original)), name
-
-
-# ---- the loop: relabel, fit, sample, step --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("start", [0.0, 3.0], ids=["from_zero", "from_above"])
-@pytest.mark.parametrize("step", ["newton", "gradient"])
-def test_the_loop_reaches_the_constrained_optimum_of_an_enumerated_world(start, step):
-    rng, beta, limit, prompts, responses, pairs = np.random.default_rng(14), 0.5, -0.2, 16, 64, 512
-    reward, noise, log_ref = rng.normal(0, 1, (3, prompts, responses))
-    cost = 0.7 * reward + 0.7 * noise  # helpful responses tend to be harmful
-    log_ref -= np.logaddexp.reduce(log_ref, axis=1, keepdims=True)
-    lam_star = bisected_lambda(reward, cost, beta, np.array(limit), log_ref=log_ref)
-    optimum = np.exp(log_ref + (reward - lam_star * cost) / beta)
-    optimum /= optimum.sum(1, keepdims=True)
-
-    torch.manual_seed(0)
-    reward, cost, log_ref = F64(reward), F64(cost), F64(log_ref)
-    pair = torch.multinomial(torch.ones(prompts * pairs, responses), 2)  # two different responses
-    prompt = torch.arange(prompts).repeat_interleave(pairs)[:, None]
-    logits, lam = log_ref.clone().requires_grad_(), start
-    for _ in range(12):
-        prob = cdpo.relabel(reward[prompt, pair], cost[prompt, pair], lam)
-        fit_policy(logits, log_ref, prompt, pair, prob, beta)
-        y = torch.multinomial(logits.softmax(-1).detach(), 20_000, replacement=True)
-        sampled = cost.gather(1, y)
-        if step == "newton":
-            lam = cdpo.newton_lambda_step(lam, sampled, limit, beta)
-        else:
-            lam = cdpo.lambda_step(lam, sampled, limit, lr=0.4)
-    policy = logits.softmax(-1).detach()
-    best_reward = (optimum * reward.numpy()).sum(1).mean()
-    assert lam == pytest.approx(lam_star, abs=0.02)
-    assert (policy * reward).sum(1).mean().item() == pytest.approx(best_reward, rel=0.01)
-    assert (policy * cost).sum(1).mean().item() == pytest.approx(limit, abs=0.02)
-
-
-# ---- shared-prompt rows --------------------------------------------------------------------------------
+# ---- Rows of a prompt and its responses ----------------------------------------------------------
 
 EOS = 2
-LENGTHS = [(6, 4, 7), (1, 1, 1), (9, 1, 12), (3, 8, 1), (12, 5, 5)]  # prompt, y0, y1: rows 3 to 22
-SHAPE = dict(vocab_size=50, eos_token_id=EOS, pad_token_id=EOS, bos_token_id=1, initializer_range=0.3)
-DECODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-               num_key_value_heads=2, **SHAPE)
-CONFIGS = [LlamaConfig(**DECODER), Qwen2Config(**DECODER),
-           GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **SHAPE)]
+SHAPE = {"vocab_size": 50, "eos_token_id": EOS, "pad_token_id": EOS, "bos_token_id": 1}
+DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+KINDS = pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
+LENGTHS = [(6, [4]), (1, [1, 1]), (9, [1, 12, 3]), (3, [8, 1, 5, 2, 2])]  # prompt, its responses
+LENGTHS += [(12, [5, 5, 1, 7, 2, 3, 3, 8]), (4, [2, 6, 1, 3, 5, 4, 2, 1, 3, 6, 2, 4, 1, 5, 3, 2])]
 
 
-def tiny_model(config):
-    # weights of 0.3: at the usual 0.02 the logits hardly depend on the context, and a wrong mask would pass
+def config_for(kind, **settings):
+    shape = SHAPE | (GPT2 if kind == "gpt2" else DECODER)
+    return transformers.AutoConfig.for_model(kind, **{**shape, **settings})
+
+
+def tiny_model(kind, **settings):
+    # weights of 0.3: at the usual 0.02 logits hardly depend on the context: a wrong mask would pass
     torch.manual_seed(0)
+    config = config_for(kind, **settings)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
 
 
-def tiny_pairs(lengths=LENGTHS):
-    """Random ids in which the padding id (= eos) also ends every response and turns up inside the text."""
-    rng = np.random.default_rng(15)
-    pairs = [[rng.integers(0, 50, n).tolist() for n in row] for row in lengths]
-    pairs[0][0][-1] = pairs[0][1][0] = EOS
-    return [(prompt, y0[:-1] + [EOS], y1[:-1] + [EOS]) for prompt, y0, y1 in pairs]
+def random_rows(lengths=LENGTHS):
+    """Random ids; every prompt and response ends with the padding id (= eos), unless empty."""
+    rng = random.Random(15)
+
+    def text(n):
+        return [rng.randrange(50) for _ in range(n - 1)] + [EOS][:n]
+
+    return [(text(prompt), [text(n) for n in responses]) for prompt, responses in lengths]
 
 
-def separate_logps(model, pairs):
+def separate_logps(model, rows):
     """The plain way: each prompt + response by itself, unpadded, all logits."""
-    def logp(prompt, y):
-        logps = model(input_ids=torch.tensor([prompt + y])).logits[0].log_softmax(-1)
-        return sum(logps[len(prompt) - 1 + t, token] for t, token in enumerate(y))
-    return torch.stack([torch.stack([logp(prompt, y0), logp(prompt, y1)]) for prompt, y0, y1 in pairs])
+    values = []
+    for prompt, responses in rows:
+        for y in responses:
+            logps = model(input_ids=torch.tensor([prompt + y])).logits[0].log_softmax(-1)
+            values.append(sum(logps[len(prompt) - 1 + t, token] for t, token in enumerate(y)))
+    return torch.stack(values)
 
 
-@pytest.mark.parametrize("pad_id", [EOS, 7])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
-def test_shared_prompt_rows_equal_separate_rows_in_log_probs_and_gradients(config, pad_id):
-    model, pairs = tiny_model(config), tiny_pairs()
-    # weights at random, so that no log-prob's gradient can hide behind another's
-    weight = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(1))
-    logps, gradients = {}, {}
-    for way, run in [("shared", lambda: cdpo.sequence_logps(model, cdpo.collate_pairs(pairs, pad_id=pad_id))),
-                     ("separate", lambda: separate_logps(model, pairs))]:
-        logps[way] = run()
-        gradients[way] = torch.autograd.grad((weight * logps[way]).sum(), list(model.parameters()))
-    assert logps["shared"].shape == (len(pairs), 2) and logps["shared"].dtype == torch.float32
-    assert (logps["shared"] - logps["separate"]).abs().max() < 1e-4
-    names = [name for name, _ in model.named_parameters()]
-    for name, shared, separate in zip(names, gradients["shared"], gradients["separate"]):
-        assert (shared - separate).norm() <= 1e-3 * separate.norm(), name
+@pytest.mark.parametrize("pad_id, chunk", [(EOS, 2**20), (7, 8)])  # tokens at the vocabulary
+@KINDS
+def test_rows_equal_separate_sequences_in_log_probs_and_gradients(kind, pad_id, chunk):
+    model, rows = tiny_model(kind), random_rows()
+    model.config.vocab_size = 2**27 // chunk
+    seen, embeddings = [], model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda module, args, _: seen.append(args[0].numel()))
+    shared = cdpo.sequence_logps(model, cdpo.collate_rows(rows, pad_id=pad_id))
+    handle.remove()
+    assert seen == [len(rows) * max(len(x) + sum(map(len, ys)) for x, ys in rows)]  # a prompt once
+    separate = separate_logps(model, rows)
+    assert shared.shape == (35,) and shared.dtype == torch.float32
+    assert (shared - separate).abs().max() < 1e-4
+    # weights at random, so that no response's gradient can hide behind another's
+    weight = torch.randn(35, generator=torch.Generator().manual_seed(1))
+    one = torch.autograd.grad((weight * shared).sum(), list(model.parameters()))
+    other = torch.autograd.grad((weight * separate).sum(), list(model.parameters()))
+    for (name, _), x, y in zip(model.named_parameters(), one, other):
+        assert (x - y).norm() <= 1e-3 * y.norm(), name
 
 
-def test_a_prompt_is_run_once_for_both_of_its_responses():
-    model, seen = tiny_model(CONFIGS[0]), []
-    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
-    cdpo.sequence_logps(model, cdpo.collate_pairs(tiny_pairs([(40, 6, 6)])))
-    assert 40 + 6 + 6 <= sum(seen) < 2 * 40 + 6 + 6
+def test_an_empty_response_is_scored_at_the_prompts_end_and_an_empty_prompt_refused(tmp_path):
+    rows = random_rows([(5, [3, 0, 4]), (2, [0])])
+    logps = cdpo.sequence_logps(tiny_model("llama"), cdpo.collate_rows(rows))
+    assert (logps == 0).tolist() == [False, True, False, True]
+    write_classifier(tmp_path, "llama")
+    model = cdpo.ScoreModel.from_pretrained(tmp_path).eval()
+    scores = cdpo.response_scores(model, cdpo.collate_rows(rows)).tolist()
+    for prompt, y in [(prompt, y) for prompt, responses in rows for y in responses]:  # in order
+        ids = torch.tensor([prompt + y])
+        assert scores.pop(0) == pytest.approx(model(ids, torch.ones_like(ids)).item(), abs=1e-4)
+    with pytest.raises(ValueError, match="empty prompt"):
+        cdpo.collate_rows([([3], [[4]]), ([], [[4, 5]])])
 
 
 def test_log_probs_of_a_bfloat16_model_are_taken_in_float32():
-    # DPO trains on differences that bfloat16 rounds away; a one-token response shows the rounding itself
-    model, pairs = tiny_model(CONFIGS[0]).bfloat16(), tiny_pairs([(5, 1, 1)] * 16)
-    logps = cdpo.sequence_logps(model, cdpo.collate_pairs(pairs, pad_id=EOS))
-    assert logps.dtype == torch.float32 and (logps != logps.bfloat16().float()).float().mean() > 0.8
+    # DPO trains on differences that bfloat16 rounds away; one-token responses show the rounding
+    model, rows = tiny_model("llama").bfloat16(), random_rows([(5, [1, 1])] * 16)
+    logps = cdpo.sequence_logps(model, cdpo.collate_rows(rows, pad_id=EOS))
+    assert logps.dtype == torch.float32
+    assert (logps != logps.bfloat16().float()).float().mean() > 0.8
 
 
-# --- The whole program ------------------------------------------------------------------------------------------
-
-TINY = str(Path(__file__).with_name("tiny_config.json"))
-QUICK = ["--config", TINY, "--dataset", "tiny:1500", "--max_steps", "5", "--iterations", "2", "--lambda_init", "1",
-         "--lambda_samples", "4", "--eval_samples", "4", "--dual_samples", "8", "--batch_size", "32"]
-
-
-def rows_of(folder):
-    return {row["name"]: row for row in json.loads((folder / "results.json").read_text())}
+def row_of(lengths, pairs, scores=None):
+    """A row with a prompt of four tokens and responses that their text tells apart."""
+    ids = [[100 + i] * n for i, n in enumerate(lengths)]
+    texts, pairs = [f"y{i}" for i in range(len(ids))], [cdpo.Pair(*pair) for pair in pairs]
+    scores = scores and cdpo.Scores(*map(torch.tensor, scores))
+    weight = len(pairs) or len(ids) / 2
+    return cdpo.Row("x", texts, [True] * len(ids), ([7] * 4, ids), pairs, weight, scores)
 
 
-def tensors_of(folder):
-    return load_file(folder / "policy" / "model.safetensors")
+def test_pack_keeps_each_labelled_pair_whole_in_one_row_and_no_row_over_the_limit():
+    rng = random.Random(3)
+    couples = [tuple(rng.sample(range(30), 2)) for _ in range(60)]
+    couples += couples[:5]  # repeated pairs count each time
+    row = row_of([rng.randint(1, 9) for _ in range(30)], [(i, j, j, i, 1, -1) for i, j in couples])
+    (whole,) = cdpo.pack(row, 9999)
+    assert (whole.ids, whole.pairs, whole.weight) == (row.ids, row.pairs, 65)
+    parts, found = cdpo.pack(row, 32), []
+    for part in parts:
+        assert part.ids[0] == [7] * 4 and 4 + sum(map(len, part.ids[1])) <= 32
+        assert len(part.responses) == len(set(part.responses)) and part.weight == len(part.pairs)
+        numbers = [row.responses.index(text) for text in part.responses]
+        assert part.ids[1] == [row.ids[1][i] for i in numbers]
+        assert all(pair[2:] == (pair.rejected, pair.chosen, 1, -1) for pair in part.pairs)
+        found += [(numbers[pair.chosen], numbers[pair.rejected]) for pair in part.pairs]
+    assert len(parts) > 5 and sorted(found) == sorted(couples)
 
 
-def same_tensors(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def test_pack_keeps_every_sample_in_order_and_equal_samples_make_no_pair():
+    samples = cdpo.Row("x", ["a", "b", "a", "c"], [True] * 4, ([1], [[5], [6], [5], [7]]), [], 0.0)
+    assert [part.responses for part in cdpo.pack(samples, 3)] == [["a", "b"], ["a", "c"]]
+    assert [part.weight for part in cdpo.pack(samples, 3)] == [1, 1]  # of m/2 pairs
+    (whole,) = cdpo.pack(samples, 99)
+    pairs = cdpo.pairs_of(whole, True).tolist()
+    assert pairs == [[0, 1], [0, 3], [1, 2], [1, 3], [2, 3]] and whole.weight == 2
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The README's first command, in this process."""
-    folder = tmp_path_factory.mktemp("tiny") / "run"
-    torch.set_num_threads(2)
-    cdpo.main(["--config", TINY, "--output_dir", str(folder)])
-    torch.set_num_threads(1)
-    return folder
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_micro_batches_keep_their_padded_tokens_within_the_budget(ranks):
+    rng = random.Random(0)
+    for size in (1, 3, 64, 200):
+        rows = [([1], [[1] * int(rng.lognormvariate(5.5, 0.8))]) for _ in range(size)]
+        lengths = [1 + len(row[1][0]) for row in rows]
+        groups = cdpo.micro_batches(rows, 1024, ranks)
+        assert sorted(i for group in groups for i in group) == list(range(size))
+        assert len(groups) % ranks == 0
+        assert max(lengths) in [lengths[i] for i in groups[0]]  # what is too large shows at once
+        padded = [len(group) * max(lengths[i] for i in group) for group in groups if group]
+        assert all(n <= 1024 or len(group) == 1 for n, group in zip(padded, groups))
+    assert sum(padded) < 1.25 * sum(lengths)
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """A short run of every stage, the undisturbed one that others are compared with."""
-    folder = tmp_path_factory.mktemp("quick") / "run"
-    cdpo.main([*QUICK, "--output_dir", str(folder)])
-    return folder
+# ---- The orientation of labels -------------------------------------------------------------------
+
+HARM = {"safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False}
+GOOD = {"prompt": "mix oil", "response_0": "wait", "response_1": "burn", "better_response_id": 1}
+GOOD |= HARM
+NEED = [*GOOD]
 
 
-def enumerate_world(folder, prompts):
-    """log π_ref, log π, r and c of all 584 answers of one to three words to each prompt, (n, 584)."""
-    answers = [" ".join(words) for n in (1, 2, 3) for words in itertools.product(cdpo.TINY_WORDS, repeat=n)]
-    cfg = cdpo.Config(**json.loads((folder / "config.json").read_text()))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
-    job = SimpleNamespace(cfg=cfg)
-    pairs = [cdpo.Pair(x, (answers[i], answers[i + 1])) for x in prompts for i in range(0, len(answers), 2)]
-    ids, _ = cdpo.encode(pairs, tokenizer, cfg.template, 64)
-    tables = [cdpo.infer(job, folder / name, ids, name, flag).double().view(len(prompts), -1) for name, flag in (
-        ("sft", "model"), ("policy", "model"), ("reward_model", "reward_model"), ("cost_model", "cost_model"))]
-    truth = torch.tensor([[cdpo.tiny_truth(x, y) for y in answers] for x in prompts]).double()
-    return (*tables, truth[..., 0], truth[..., 1])
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-def exact_optimum(ref, reward, cost, beta, limit):
-    """Bisected λ*, reward and cost of the constrained optimum (11) over an enumerated world."""
-    def at(lam):
-        policy = torch.softmax(ref + (reward - lam * cost) / beta, dim=1)
-        return [float((policy * values).sum(dim=1).mean()) for values in (reward, cost)]
-    low, high = 0.0, 50.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if at(middle)[1] > limit else (low, middle)
-    return high, *at(high), at(0.0)[0]
+def rows_from(path, need=NEED):
+    """Rows of a dataset, by the program's reader and the byte tokenizer."""
+    tokenizer = cdpo.load_tokenizer(transformers.ByT5Tokenizer())
+    return cdpo.load_rows(cdpo.Config(), tokenizer, str(path), "dataset", need)
 
 
-def test_the_score_models_agree_with_the_truth_and_the_policy_with_the_exact_constrained_optimum(tiny):
-    prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in open(tiny / "samples.jsonl")))
-    ref, policy, reward, cost, true_reward, true_cost = enumerate_world(tiny, prompts)
-    assert ref.exp().sum(dim=1).mean() > 0.97 and policy.exp().sum(dim=1).mean() > 0.9  # answers outside are rare
-    for model, truth in ((reward, true_reward), (cost, true_cost)):  # within prompts: (3) knows no offset of a prompt
-        centred = [(t - t.mean(dim=1, keepdim=True)).flatten() for t in (model[:, 72:], truth[:, 72:])]
-        assert torch.corrcoef(torch.stack(centred))[0, 1] > 0.97
-    lam, best_reward, _, free_reward = exact_optimum(ref, reward, cost, 1.0, 0.0)
-    sft_reward = float((ref.softmax(dim=1) * reward).sum(dim=1).mean())
-    row = rows_of(tiny)["C-DPO"]
-    assert abs(row["lambda"] - lam) < 0.25
-    assert abs(row["reward_mean"] - best_reward) < 0.1 * (free_reward - sft_reward)
-    assert row["cost_ci95"][0] <= 0  # meets the limit within its interval
+def test_score_losses_are_oriented_as_the_labels_are(tmp_path):
+    entries = [
+        {**GOOD, "response_0": "a", "response_1": "b"},  # b helps more, and is the harmful one
+        # a is called unsafe here though safe above: a label belongs to its pair, not to a response
+        {**GOOD, "response_0": "c", "response_1": "a", "better_response_id": 0},
+        {**GOOD, "response_0": "c", "response_1": "a", "safer_response_id": 1},
+    ]
+    entries[2] |= {"is_response_0_safe": False, "is_response_1_safe": False}
+    (row,) = rows_from(written(tmp_path / "d.jsonl", entries))
+    assert row.responses == ["a", "b", "c"] and row.weight == 3
+    a, b, c = values = 0.3, 1.0, -2.0
+    loss, accuracy = cdpo.reward_loss(row, torch.tensor(values))
+    by_hand = -log_sigmoid([b - a, c - a, a - c]).sum() / 3
+    assert loss.item() == pytest.approx(by_hand) and accuracy.item() == pytest.approx(2 / 3)
+    loss, accuracy = cdpo.harm_loss(row, torch.tensor(values))
+    first = [b - a, b, -a]  # b worse and unsafe, a better and safe
+    second = [a - c, a, -c]  # a worse and unsafe, c better and safe
+    third = [c - a, c, a]  # c worse, both unsafe
+    by_hand = -log_sigmoid(first + second + third).sum() / 3
+    assert loss.item() == pytest.approx(by_hand) and accuracy.item() == pytest.approx(2 / 3)
 
 
-def test_the_paper_s_ordering_appears_in_the_tiny_world(tiny):
-    rows = rows_of(tiny)
-    assert list(rows) == ["SFT", "C-DPO", "DPO"]
-    assert rows["DPO"]["reward_mean"] > rows["C-DPO"]["reward_mean"] > rows["SFT"]["reward_mean"]
-    assert rows["DPO"]["cost_mean"] > rows["SFT"]["cost_mean"] > rows["C-DPO"]["cost_mean"]
-    assert rows["DPO"]["true_reward_mean"] > rows["C-DPO"]["true_reward_mean"] > rows["SFT"]["true_reward_mean"]
-    assert rows["SFT"]["kl"] == 0 and rows["SFT"]["lambda"] is None and rows["DPO"]["lambda"] == 0
+def test_dpo_on_a_row_is_the_mean_over_all_pairs_or_over_the_datasets():
+    reward, cost, ref, logps = [1.0, 0.0, 2.0], [0.5, -1.0, 2.0], [-3.0, -4.0, -5.0], [-2, -5, -4.5]
+    compared, beta = [(0, 1), (0, 1), (2, 0)], 0.3
+    row = row_of([1, 2, 3], [(i, j, i, j, 1, -1) for i, j in compared], (reward, cost, ref))
+    for all_pairs, couples in [(True, [(0, 1), (0, 2), (1, 2)]), (False, compared)]:
+        expected = 0.0
+        for i, j in couples:
+            p = np.exp(log_sigmoid(reward[i] - 0.8 * cost[i] - reward[j] + 0.8 * cost[j]))
+            h = beta * (logps[i] - ref[i] - logps[j] + ref[j])
+            expected -= (p * log_sigmoid(h) + (1 - p) * log_sigmoid(-h)) / 3
+        cfg = cdpo.Config(beta=beta, all_pairs=all_pairs)
+        loss, _ = cdpo.relabelled_dpo(cfg, 0.8, 0)(row, torch.tensor(logps))
+        assert loss.item() == pytest.approx(expected)
 
 
-def test_a_run_leaves_what_the_contract_names(tiny):
-    for line in open(tiny / "metrics.jsonl"):
-        entry = json.loads(line)
-        assert {"iteration", "lambda", "cost_mean", "cost_ci95", "reward_mean", "reward_ci95", "dpo_loss",
-                "dpo_accuracy", "kl", "pairs_per_second", "tokens_per_second", "seconds", "peak_memory_gb"} <= set(entry)
-    assert entry["iteration"] == 5
-    for row in rows_of(tiny).values():
-        assert {"reward_mean", "reward_std", "reward_ci95", "cost_mean", "cost_std", "cost_ci95", "safe_rate", "kl",
-                "length_mean"} <= set(row)
-        numbers = [x for v in row.values() if not isinstance(v, str) for x in (v if isinstance(v, list) else [v])]
-        assert all(x is None or math.isfinite(x) for x in numbers)
-    samples = [json.loads(line) for line in open(tiny / "samples.jsonl")]
-    assert len(samples) == 3 * 24 * 100 and {"prompt", "response", "reward", "cost"} <= set(samples[0])
-    cost = [s["cost"] for s in samples if s["policy"] == "C-DPO"]
-    assert rows_of(tiny)["C-DPO"]["cost_mean"] == pytest.approx(float(np.mean(cost)), abs=1e-4)
-    assert json.loads((tiny / "config.json").read_text())["cost_limit"] == 0
+def test_pecan_takes_the_help_of_a_helpful_policy_as_r_and_minus_a_safe_ones_as_c(monkeypatch):
+    logps = {"ref": [-10.0, -10.0], "helpful": [-8.0, -11.0], "safe": [-12.0, -9.0]}
+    monkeypatch.setattr(cdpo, "infer", lambda cfg, source, *_: torch.tensor(logps[source]))
+    row = row_of([1, 1], [(0, 1, 0, 1, 1, -1)])  # y0 helps more and harms more
+    run = cdpo.Run(cdpo.Config(beta=0.5), Path(), None, [row], [], [], [])
+    models = cdpo.Models("ref", "helpful", "safe", implicit=True)
+    scores = cdpo.score(run, models, [row])
+    assert scores.reward.tolist() == [1.0, -0.5]  # the helpful policy likes y0
+    assert scores.cost.tolist() == [1.0, -0.5]  # and the safe one avoids it
+
+    def train_stage(run, name, source, rows, loss_fn, **_):
+        logps = torch.tensor([-10.0, -10.0], requires_grad=True)
+        loss_fn(rows[0], logps)[0].backward()
+        winner = {"helpful": 0, "safe": 1}[name]
+        assert logps.grad[winner] < 0 < logps.grad[1 - winner], name
+        return name
+
+    monkeypatch.setattr(cdpo, "train_stage", train_stage)
+    assert cdpo.pecan_models(run, "ref") == models
 
 
-def test_the_first_dpo_loss_is_ln_2(tiny):
-    assert json.loads(open(tiny / "metrics.jsonl").readline())["first_dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
+def test_sft_weighs_a_response_by_how_often_people_compared_it():
+    row = row_of([2, 3, 4], [(0, 1, 0, 1, 1, -1), (0, 2, 0, 2, 1, -1)])
+    loss, _ = cdpo.sft_loss([row])(row, torch.tensor([-5.0, -7.0, -11.0]))
+    assert loss.item() == pytest.approx((5 + 7 + 5 + 11) / (2 + 3 + 2 + 4))
 
 
-def test_the_training_model_starts_as_the_reference(tiny):
-    """First KL 0: log π in training and the cached log π_ref come out of one code path and precision."""
-    cfg = cdpo.Config(**json.loads((tiny / "config.json").read_text()))
-    model, _ = cdpo.training_model(cdpo.load_model(tiny / "sft", cfg), cdpo.sequence_logps, cfg, 1e-3)
-    pairs = [cdpo.Pair("mix oil", ("read wait cut", "ask ask force")), cdpo.Pair("sell car", ("cut push", "burn"))]
-    ids, _ = cdpo.encode(pairs, transformers.AutoTokenizer.from_pretrained(tiny / "sft"), cfg.template, 32)
-    ref_logps = cdpo.infer(SimpleNamespace(cfg=cfg), tiny / "sft", ids, "log π_ref")
-    assert (model(cdpo.collate_pairs(ids)) - ref_logps).abs().max() < 1e-4
+# ---- λ and the iterate ---------------------------------------------------------------------------
 
 
-def test_the_policy_is_an_ordinary_folder_that_answers_with_its_own_chat_template(tiny):
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny / "policy")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "policy")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "mix oil"}], tokenize=False)
-    assert text == "USER: mix oil ASSISTANT:"
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    answer = tokenizer.decode(model.generate(ids, max_new_tokens=6)[0, ids.shape[1]:], skip_special_tokens=True)
-    assert answer and set(answer.split()) <= set(cdpo.TINY_WORDS)
+def kept_iterates(folder, *entries, cost_limit=0.0):
+    """Feeds hand-made iterates (λ, reward, cost, KL) to the loop. → numbers of those kept so far"""
+    run = cdpo.Run(cdpo.Config(beta=0.1), folder, None, [], [], [], [])
+    shutil.rmtree(folder / "policy", ignore_errors=True)
+    history = []
+    for number, (lam, reward, cost, kl) in enumerate(entries):
+        (folder / "iterate").mkdir(exist_ok=True)
+        (folder / "iterate" / "name").write_text(str(number))
+        entry = {"iteration": number, "lambda": lam, "next_lambda": lam, "cost_ci95": [cost, cost]}
+        entry |= {"reward_mean": reward, "cost_mean": cost, "cost_bound": cost, "kl": kl}
+        cdpo.keep_the_better(run, history, entry, cost_limit)
+    assert (folder / "policy" / "name").read_text() == str(history[-1]["kept"])
+    return [entry["kept"] for entry in history]
 
 
-def test_a_score_model_trained_here_loads_again_by_its_folder(tiny):
-    model = cdpo.ScoreModel.from_pretrained(tiny / "cost_model")
-    ids = torch.tensor([[8, 20, 9, 10, 0], [8, 20, 9, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    alone = model(ids[1:, :3], mask[1:, :3])
-    assert torch.allclose(model(ids, mask)[1:], alone, atol=1e-5) and alone.dtype == torch.float32
+def test_the_iterate_kept_has_the_highest_objective_less_an_exact_penalty(tmp_path):
+    kept = functools.partial(kept_iterates, tmp_path)
+    # a good policy 0.006 over the limit is not given up for a collapsed one under it
+    assert kept((1.3, 3.4, 0.006, 5.0), (1.4, 2.4, -0.11, 18.9)) == [0, 0]
+    # nor one that meets the limit for what breaking it earns: at λ = 1 the price is above 1
+    assert kept((1.0, 1.0, 0.0, 0.0), (1.0, 2.0, 1.0, 0.0)) == [0, 0]
+    # of those that meet it the higher reward − β·KL, slack earns nothing; the limit may be any
+    assert kept((1.0, 1.0, -1.0, 0.0), (1.0, 1.1, -0.1, 0.5)) == [0, 1]
+    assert kept((1.0, 1.0, -0.1, 0.0), (1.0, 1.4, -0.1, 5.0)) == [0, 0]
+    assert kept((1.0, 1.0, -0.9, 0.0), (1.0, 1.1, -0.1, 0.0), cost_limit=-0.5) == [0, 0]
+    # of those that break it the one that breaks it less, though it earns a little less
+    assert kept((1.0, 1.0, 1.0, 0.0), (1.0, 0.5, 0.5, 0.0), (1.0, 0.4, 0.6, 0.0)) == [0, 1, 1]
 
 
-@pytest.mark.parametrize("method, flags, name", [
-    ("mocan", ["--margin", "0.02"], "MoCAN"), ("pecan", ["--margin", "0.02"], "PeCAN"), ("dpo", [], "DPO"),
-    ("sft", [], "SFT"), ("cdpo", ["--lambda_step", "gradient", "--labels", "sample", "--lambda_init", "1"], "C-DPO")])
-def test_every_method_runs_through_the_same_stages(tmp_path, method, flags, name):
-    quick = [flag for flag in QUICK if flag not in ("--lambda_init", "1")]
-    cdpo.main([*quick, "--method", method, *flags, "--output_dir", str(tmp_path / "o"), "--lambdas", "0"])
-    rows = rows_of(tmp_path / "o")
-    assert name in rows and (tmp_path / "o" / "policy" / "model.safetensors").exists()
-    if method == "mocan":
-        mean = float(torch.load(tmp_path / "o" / "reference_samples.pt")["scores"][1].mean())
-        assert rows["MoCAN"]["lambda"] > 0 and rows["MoCAN"]["predicted_cost"] == pytest.approx(mean - 0.02, abs=1e-4)
-    if method == "pecan":
-        assert not (tmp_path / "o" / "reward_model").exists() and (tmp_path / "o" / "helpful").exists()
-        assert rows["PeCAN"]["lambda"] > 0
-
-
-def test_another_checkpoint_gets_a_row_of_its_own(quick, tmp_path):
-    folder = shutil.copytree(quick, tmp_path / "o")
-    cdpo.main([*QUICK, "--output_dir", str(folder), "--compare", str(quick / "sft"), str(quick / "policy")])
-    before, rows = rows_of(quick), rows_of(folder)
-    sft, policy = str(quick / "sft"), str(quick / "policy")
-    assert list(rows) == ["SFT", "C-DPO", "DPO", sft, policy]
-    assert {name: rows[name] for name in before} == before
-    assert rows[sft]["cost_mean"] == before["SFT"]["cost_mean"] and rows[sft]["kl"] == 0
-    assert rows[policy]["kl"] == pytest.approx(before["C-DPO"]["kl"], abs=1e-6)
-
-
-# --- Samples are from π -----------------------------------------------------------------------------------------
-
-
-def test_samples_are_from_the_policy_whatever_the_checkpoint_s_generation_config_asks_for(tmp_path):
+def loop_of(policies, lams, cost_limit=0.0, m=20_000):
+    """A Loop whose iterations fitted policies exp(share · (r − λc)/β), share 1 where converged."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
-        vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.4))
-    model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=3, temperature=0.4, top_p=0.5,
-                                                            repetition_penalty=5.0)
-    model.save_pretrained(tmp_path)
-    cfg = cdpo.Config(max_new_tokens=2, sample_batch=20000, dtype="float32")
-    job, tokenizer = SimpleNamespace(cfg=cfg), SimpleNamespace(eos_token_id=0)
-    prompts = [[5, 6, 7], [9]]
-    answers = cdpo.sample(job, tmp_path, prompts, 8000, "test", tokenizer)
-    for prompt, drawn in zip(prompts, answers):
-        with torch.no_grad():
-            probs = model(torch.tensor([prompt])).logits[0, -1].softmax(dim=-1)
-            first = torch.bincount(torch.tensor([ids[0] for ids, _ in drawn]), minlength=80) / len(drawn)
-            token = int(probs[1:].argmax()) + 1  # and after the likeliest first token, the second one
-            again = model(torch.tensor([prompt + [token]])).logits[0, -1].softmax(dim=-1)
-        second = [ids[1] for ids, _ in drawn if ids[0] == token]
-        second = torch.bincount(torch.tensor(second), minlength=80) / len(second)
-        for p, q, n in ((probs, first, len(drawn)), (again, second, int(first[token] * len(drawn)))):
-            likely = p > 0.01
-            assert likely.sum() > 3 and ((p - q).abs()[likely] < 5 * (p * (1 - p) / n).sqrt()[likely]).all()
+    reward, cost, log_ref = F64(np.random.default_rng(3).normal(0, 1, (3, 6, 30)))
+    cost, log_ref, beta = cost + 0.7 * reward + 0.4, log_ref.log_softmax(1), 0.5
+    loop = cdpo.Loop(lams[-1])
+    for share, lam in zip(policies, lams):
+        log_ratio = (log_ref + share * (reward - lam * cost) / beta).log_softmax(1) - log_ref
+        y = torch.multinomial((log_ref + log_ratio).exp(), m, replacement=True)
+        scores = cdpo.Scores(reward.gather(1, y), cost.gather(1, y), None)
+        loop.samples.append(cdpo.Samples([], scores, log_ratio.gather(1, y)))
+        loop.history.append({"lambda": lam, "cost_bound": float(scores.cost.mean())})
+    world = [x.numpy() for x in (reward, cost)]
+    star = bisected_lambda(*world, beta, cost_limit, log_ref=log_ref.numpy())
+    cap = 1.5 * lams[-1] + beta / float(
+        torch.cat([s.scores.cost for s in loop.samples], 1).std(1).mean()
+    )
+    return cdpo.next_lambda(cdpo.Config(beta=beta), loop, cost_limit), star, cap
 
 
-# --- Score checkpoints in the Beaver layout ---------------------------------------------------------------------
+def test_the_dual_step_goes_to_the_multiplier_at_once_from_samples_of_any_policy():
+    for policies, lams in (([0.0], [0.0]), ([1.0], [0.3]), ([0.5, 1.0], [2.0, 0.5])):
+        lam, star, _ = loop_of(policies, lams)
+        assert lam == pytest.approx(star, abs=0.04) and star > 0.4
 
 
-def write_beaver(folder, bias, normalize, kind, head=True, buffers=True):
+def test_a_gap_that_lasts_raises_lambda_boundedly_and_lambda_falls_by_half_of_the_way():
+    lam, star, cap = loop_of([0.5, 0.5], [0.8, 0.8])  # twice as far behind: over the limit
+    assert star + 0.13 < lam <= cap and lam > (0.8 + star) / 2
+    beyond, _, _ = loop_of([2.0, 2.0], [0.8, 0.8])  # a policy beyond π_λ is safer than it must be
+    assert beyond == pytest.approx((0.8 + star) / 2, abs=0.03)
+    lam, _, cap = loop_of([1.0], [0.8], cost_limit=-50.0)  # no response costs so little
+    assert lam == pytest.approx(cap)
+
+
+# ---- Text, tokens and data -----------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TURNS = [("user", "Hi"), ("assistant", "Hello."), ("user", "How are you?")]
+MULTI_TURN = [{"role": role, "content": text} for role, text in TURNS]
+
+
+def chat_tokenizer(template=CHATML):
+    """Bytes and a few merges; its end of a turn is another token than its end of a text."""
+    names, byte_level = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], tokenizers.pre_tokenizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    options = {"initial_alphabet": byte_level.ByteLevel.alphabet(), "show_progress": False}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=names, **options)
+    tokenizer.train_from_iterator(["\n\n\n", "the answer is here"] * 9, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", chat_template=template
+    )
+
+
+def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_ends_with_its_turn():
+    spaced = CHATML.replace("'\n' + m", "': ' + m").replace("assistant\n", "assistant:")
+    answers = ["Fine.", " spaced out \n"]
+    for own, before in ((CHATML, ""), (spaced, " ")):  # a space before an answer is the answer's
+        tokenizer = cdpo.load_tokenizer(chat_tokenizer(own))
+        template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
+        for prompt, messages in (("Hi", MULTI_TURN[:1]), (MULTI_TURN, MULTI_TURN)):
+            [(head, ys)], counts = cdpo.encode(tokenizer, [prompt], [answers])
+            [(_, whole)], _ = cdpo.encode(tokenizer, [prompt], [answers], whole=True)
+            assert head == template(messages, add_generation_prompt=True) and not counts
+            for text, y, whole_y in zip(answers, ys, whole):
+                assert tokenizer.decode(y) == before + text + "<|im_end|>"  # nothing is stripped
+                ended = template([*messages, {"role": "assistant", "content": text}])
+                assert head + whole_y == ended  # for a score model, trailing newline included
+
+
+def test_a_date_in_a_template_is_pinned():
+    tokenizer = cdpo.load_tokenizer(chat_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML))
+    [(head, _)], _ = cdpo.encode(tokenizer, ["How?"], [["Fine."]])
+    assert re.match(r"\d\d \w{3} 20(1\d|2[0-5])<", tokenizer.decode(head))  # a past year
+
+
+def test_a_tokenizer_without_a_template_gets_beavers_and_a_given_one_wins(tmp_path):
+    beaver = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
+    nasty = "\"Q\" 'it''s' \\n {x} {{ y }} {% z %} {# c #}\n é 😀 {prompt}\n}} A:\n\n"
+    byte, prompt = transformers.ByT5Tokenizer, "mix {prompt} {{oil}} \\"
+    cases = [(byte, None, beaver), (byte, nasty, nasty), (chat_tokenizer, nasty, nasty)]
+    for make, given, text in cases:
+        cdpo.load_tokenizer(make(), given).save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)  # as of an exported policy
+        plain = functools.partial(tokenizer.encode, add_special_tokens=False)
+        [(head, [y])], _ = cdpo.encode(tokenizer, [prompt], [["bé"]])
+        assert head == plain(text.replace("{prompt}", prompt))
+        assert y == [*plain("bé"), tokenizer.eos_token_id]
+
+
+def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end():
+    tokenizer = cdpo.load_tokenizer(transformers.ByT5Tokenizer(), "Q {prompt}:")
+    texts, ended = [["bé", "b" * 50, "bc"]], [[True, True, False]]
+    [(head, ys)], counts = cdpo.encode(tokenizer, ["a"], texts, ended, 9)
+    assert [chr(i - 3) for i in head] == list("Q a:")
+    assert ys == [[101, 0xC3 + 3, 0xA9 + 3, 1], [101] * 5, [101, 102]]
+    assert counts == {"responses cut to --max_length": 1}
+    tokenizer = cdpo.load_tokenizer(chat_tokenizer())
+    [(_, [y])], counts = cdpo.encode(tokenizer, ["Q"], [["\n\nHi"]])  # its newlines merge
+    assert counts.total() == 1 and tokenizer.decode(y) == "\n\nHi<|im_end|>"
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    entries = cdpo.tiny_rows(40, 0)
+    data = datasets.Dataset.from_list(entries)
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    data.to_parquet(tmp_path / "a.parquet")
+    data.to_csv(tmp_path / "a.csv")
+    data.save_to_disk(tmp_path / "one")
+    splits = datasets.DatasetDict({"train": data, "other": data.select([0])})
+    splits.save_to_disk(tmp_path / "splits")
+    expected = rows_from(written(tmp_path / "a.jsonl", entries))
+    for name in ("a.json", "a.parquet", "a.csv", "one", "splits", "splits:train"):
+        assert rows_from(tmp_path / name) == expected, name
+    assert len(rows_from(tmp_path / "splits:other")) == 1
+    assert sum(len(row.pairs) for row in expected) > 30
+
+
+def test_chosen_and_rejected_may_be_texts_or_messages_with_or_without_the_prompt(tmp_path):
+    asked, texts = {"prompt": MULTI_TURN}, {"chosen": "Fine", "rejected": "No"}
+    answers = {key: [{"role": "assistant", "content": text}] for key, text in texts.items()}
+    whole = {key: MULTI_TURN + answer for key, answer in answers.items()}
+    labelled = {"response_0": "Fine", "response_1": "No", "better_response_id": 0}
+    for entry in (asked | labelled, asked | texts, asked | answers, asked | whole, whole):
+        (row,) = rows_from(written(tmp_path / f"{hash(str(entry))}.jsonl", [entry | HARM]))
+        assert row.prompt == MULTI_TURN and row.responses == ["Fine", "No"], entry
+        assert row.pairs == [cdpo.Pair(0, 1, 1, 0, 1, -1)], entry
+    plain = written(tmp_path / "plain.jsonl", [{"prompt": "x", **texts}])
+    assert rows_from(plain, NEED[:3])[0].responses == ["Fine", "No"]  # with score models given
+
+
+def test_prompts_of_the_table_of_lambda_and_of_training_are_different_ones(tmp_path):
+    entries = [{**GOOD, "prompt": f"prompt {i % 100}", "response_0": f"a{i}"} for i in range(300)]
+    table = written(tmp_path / "eval.jsonl", [{"prompt": "prompt 7"}, {"prompt": "new"}])
+    data = written(tmp_path / "d.jsonl", entries)
+    for given in (None, table):
+        cfg = cdpo.Config(dataset=data, model=SMALL, lambda_prompts=9, eval_dataset=given)
+        run = cdpo.load_run(cfg, tmp_path)
+        parts = [run.table_prompts, run.lambda_prompts, list({row.prompt for row in run.train})]
+        assert (
+            len({i for part in parts for i in part}) == sum(map(len, parts)) and len(parts[1]) == 9
+        )
+        assert given is None or parts[0] == ["prompt 7", "new"]
+
+
+# ---- Score models, and decoders that rows would get wrong ----------------------------------------
+
+
+def write_classifier(folder, kind, labels=1, **settings):
+    """A sequence-classification checkpoint as transformers itself writes it."""
+    torch.manual_seed(0)
+    config = config_for(kind, num_labels=labels, **{"pad_token_id": 0, **settings})
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+IN_ROWS = [([3, 4, 5], [[9], [6, 7]]), ([8, 9], [[10]])]  # the same ones, beside another
+
+
+@DTYPES
+@KINDS
+def test_a_classification_checkpoint_scores_as_by_its_own_forward_pass(tmp_path, kind, dtype):
+    theirs = write_classifier(tmp_path, kind).to(dtype)
+    theirs.save_pretrained(tmp_path)
+    ours = cdpo.ScoreModel.from_pretrained(tmp_path)
+    own = theirs(IDS, attention_mask=MASK).logits[:, 0].float()
+    close = functools.partial(torch.allclose, atol=1e-4 if dtype == torch.float32 else 0.1)
+    assert own.abs().max() > 0.1 and ours(IDS, MASK).dtype == torch.float32
+    assert close(ours(IDS, MASK), own)
+    assert close(cdpo.response_scores(ours, cdpo.collate_rows(IN_ROWS))[1:], own)
+
+
+def write_beaver(folder, bias=True, normalize=False, kind="cost", buffers=True):
     """A score checkpoint written by hand, as safe-rlhf writes them."""
     torch.manual_seed(1)
-    config = transformers.LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                      num_attention_heads=2)
-    decoder = transformers.LlamaModel(config)
+    config = transformers.LlamaConfig(vocab_size=40, **DECODER)
+    decoder, weight = transformers.LlamaModel(config), torch.randn(1, 32)
     tensors = {f"model.{name}": value.clone() for name, value in decoder.state_dict().items()}
-    weight = torch.randn(1, 16)
-    if head:
-        tensors["score_head.weight"] = weight
+    tensors["score_head.weight"] = weight
     if bias:
         tensors["score_head.bias"] = torch.tensor([0.7])
     if normalize and buffers:
-        tensors |= {"normalizer.mean": torch.tensor([0.5]), "normalizer.var": torch.tensor([4.0]),
-                    "normalizer.count": torch.tensor([10])}
+        moments = {"mean": [0.5], "var": [4.0], "count": [10]}
+        tensors |= {f"normalizer.{name}": torch.tensor(value) for name, value in moments.items()}
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    settings = {"architectures": ["LlamaForScore"], "score_type": kind, "score_dim": 1, "score_bias": bias,
-                "do_normalize": normalize, "mean": 0.5, "var": 4.0}
+    settings = {"architectures": ["LlamaForScore"], "score_type": kind, "score_dim": 1}
+    settings |= {"score_bias": bias, "do_normalize": normalize, "mean": 0.5, "var": 4.0}
     (folder / "config.json").write_text(json.dumps({**config.to_dict(), **settings}))
     return decoder, weight
 
@@ -753,374 +802,536 @@ def write_beaver(folder, bias, normalize, kind, head=True, buffers=True):
 @pytest.mark.parametrize("normalize, buffers", [(False, False), (True, True), (True, False)])
 @pytest.mark.parametrize("kind", ["reward", "cost"])
 def test_beaver_checkpoints_give_hand_computed_scores(tmp_path, bias, normalize, buffers, kind):
-    decoder, weight = write_beaver(tmp_path / "b", bias, normalize, kind, buffers=buffers)
-    ids = torch.tensor([[3, 4, 5, 6]])
-    with torch.no_grad():
-        score = float(decoder(ids).last_hidden_state[0, -1] @ weight[0]) + 0.7 * bias
+    decoder, weight = write_beaver(tmp_path, bias, normalize, kind, buffers=buffers)
+    hidden = decoder(IDS, attention_mask=MASK).last_hidden_state
+    score = torch.stack([hidden[0, 4], hidden[1, 2]]) @ weight[0] + 0.7 * bias
     if normalize:
         score = score / 2 if kind == "cost" else (score - 0.5) / 2
-    model = cdpo.ScoreModel.from_pretrained(tmp_path / "b")
-    padded = torch.tensor([[3, 4, 5, 6, 0]]), torch.tensor([[1, 1, 1, 1, 0]])
-    assert model(*padded)[0].item() == pytest.approx(score, abs=1e-5)
-    assert cdpo.pair_scores(model, cdpo.collate_pairs([([3, 4], [5, 6], [6])]))[0, 0].item() == pytest.approx(score, abs=1e-5)
+    model = cdpo.ScoreModel.from_pretrained(tmp_path)
+    assert torch.allclose(model(IDS, MASK), score, atol=1e-4)
+    in_rows = cdpo.response_scores(model, cdpo.collate_rows(IN_ROWS))[1:]
+    assert torch.allclose(in_rows, score, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    again = cdpo.ScoreModel.from_pretrained(tmp_path / "again")
+    assert torch.allclose(again(IDS, MASK), score, atol=1e-4)
 
 
-# --- Data -------------------------------------------------------------------------------------------------------
+def test_a_new_head_on_a_given_decoder_draws_no_other_random_number(tmp_path):
+    lm = tiny_model("llama")
+    lm.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no score_head.weight"):  # unless one is asked for
+        cdpo.ScoreModel.from_pretrained(tmp_path)
+    torch.manual_seed(5)
+    model = cdpo.ScoreModel.from_pretrained(tmp_path, new_head=True)
+    after = torch.rand(4)
+    torch.manual_seed(5)
+    head = torch.empty(1, 32).normal_(0.0, lm.config.initializer_range)
+    assert torch.equal(torch.rand(4), after)  # the generator stands where the head's draw left it
+    assert torch.equal(model.score_head.weight, head) and model.score_head.bias.item() == 0
+    torch.testing.assert_close(model.model.state_dict(), lm.base_model.state_dict(), rtol=0, atol=0)
 
 
-def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
-    import datasets
-    rows = [{key: bool(v) if key.startswith("is_") else v for key, v in row.items()} for row in cdpo.tiny_rows(30, 0)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "dictionary")
-    need = [key for key in rows[0] if key != "prompt"]
-    tokenizer = transformers.ByT5Tokenizer()
-    pairs = [cdpo.load_pairs(str(tmp_path / name), "dataset", need, cdpo.Config(), tokenizer)
-             for name in ("a.jsonl", "a.json", "a.parquet", "one", "dictionary")]
-    assert len(pairs[0]) > 25 and all(other == pairs[0] for other in pairs[1:])
-    usable = [row for row in rows if row["response_0"] != row["response_1"]]
-    assert [(p.prompt, p.responses, p.better) for p in pairs[0]] == [
-        (row["prompt"], (row["response_0"], row["response_1"]), row["better_response_id"]) for row in usable]
-    assert [p.signs for p in pairs[0]] == [tuple(-1 if row[f"is_response_{i}_safe"] else 1 for i in (0, 1)) for row in usable]
+LONG_ROW = [([3, 4], [[5, 6, 7]]), ([5, 6, 7, 8], [list(range(8, 20)), list(range(20, 35))])]
 
 
-def test_prompt_and_response_are_encoded_as_read_and_cut_at_the_prompt():
-    tokenizer = transformers.ByT5Tokenizer()  # appends </s> to whatever it encodes, which must not end a prompt
-    prompt, response, cut_short = cdpo.encode([cdpo.Pair("a", ("bé", "b" * 50))], tokenizer, "Q {prompt}:", 9)[0][0]
-    assert [chr(i - 3) for i in prompt] == list("Q a:") and tokenizer.eos_token_id not in prompt
-    assert response == [ord("b") + 3, 0xC3 + 3, 0xA9 + 3, tokenizer.eos_token_id]
-    assert cut_short == [ord("b") + 3] * 5  # cut to nine tokens in all, and so without its end
+def refuses(folder, flag, kind, dtype, **settings):
+    """Whether a checkpoint with random weights is refused as one that rows get wrong."""
+    model = tiny_model(kind, **settings)
+    if flag != "model":
+        model = write_classifier(folder, kind, **settings)
+    model.to(dtype).save_pretrained(folder)
+    try:
+        cdpo.check_decoder(LONG_ROW, folder, flag)
+    except SystemExit as refusal:
+        return refusal.code == 2
+    return False
 
 
-def test_no_prompt_of_the_table_or_of_the_lambda_step_is_trained_on(quick):
-    cfg = cdpo.Config(**json.loads((quick / "config.json").read_text()))
-    pairs = [cdpo.Pair(f"prompt {i // 3}", ("a", "b")) for i in range(300)]
-    table, steering, train = ({p.prompt for p in part} for part in cdpo.split_by_prompt(pairs, None, cfg))
-    assert not (table & steering or table & train or steering & train) and len(table) == 20
+@DTYPES
+def test_wrong_decoders_but_no_right_ones_are_refused_in_any_precision(
+    dtype, tmp_path, monkeypatch
+):
+    for kind, layers in itertools.product(("llama", "qwen2", "mistral", "gpt2"), (1, 3)):
+        depth = {"n_layer" if kind == "gpt2" else "num_hidden_layers": layers}
+        for flag in ("model", "cost_model"):
+            assert not refuses(tmp_path / f"{flag}-{kind}-{layers}", flag, kind, dtype, **depth)
+    assert refuses(tmp_path, "model", "granite", dtype, logits_scaling=4.0)
+    for flag in ("model", "reward_model"):  # a window shorter than the row
+        assert refuses(tmp_path, flag, "mistral", dtype, sliding_window=8, initializer_range=0.07)
+    collate = cdpo.collate_rows
+
+    def causal(rows):  # a mask by which the second response sees the first
+        batch = collate(rows)
+        return batch | {"attention_mask": torch.ones_like(batch["attention_mask"]).tril()}
+
+    monkeypatch.setattr(cdpo, "collate_rows", causal)
+    assert refuses(tmp_path, "cost_model", "llama", dtype, initializer_range=0.07)  # by 0.1
 
 
-# --- Interruptions ----------------------------------------------------------------------------------------------
+# ---- Samples are from π --------------------------------------------------------------------------
 
 
-def start(*flags, processes=1, **kwargs):
-    """The program as a user starts it, in a process of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
-    program = str(Path(__file__).with_name("cdpo.py"))
-    return subprocess.Popen([sys.executable, *launcher, program, *flags], stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+def test_samples_are_from_the_policy_whatever_the_checkpoints_generation_config_says(tmp_path):
+    model = tiny_model("llama", vocab_size=280)
+    settings = {"do_sample": True, "top_k": 3, "temperature": 0.4, "repetition_penalty": 5.0}
+    model.generation_config = transformers.GenerationConfig(**settings)
+    model.save_pretrained(tmp_path)
+    tokenizer, n = cdpo.load_tokenizer(chat_tokenizer()), 8000
+    cfg = cdpo.Config(max_new_tokens=2, sample_tokens=10**6, dtype="float32")
+    run = cdpo.Run(cfg, tmp_path, tokenizer, [], [], [], [])
+    prompts, end = [[5, 6, 7], [9]], tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for prompt, drawn in zip(prompts, cdpo.sample(run, tmp_path, prompts, n, "test")):
+        assert len(drawn) == n and all(ended == (ids[-1] == end) for ids, ended in drawn)
+        assert all(len(ids) == 2 or ids == [end] for ids, _ in drawn)
+        first = torch.tensor([ids[0] for ids, _ in drawn])
+        token = int(first.mode().values)  # and after the likeliest first token, the second one
+        second = torch.tensor([ids[1] for ids, _ in drawn if ids[0] == token != end])
+        for ids, tokens in ((prompt, first), (prompt + [token], second)):
+            p = model(torch.tensor([ids])).logits[0, -1].softmax(dim=-1)
+            frequency, likely = tokens.bincount(minlength=280) / len(tokens), p > 0.01
+            deviation = (p * (1 - p) / len(tokens)).sqrt()
+            assert likely.sum() > 3 and ((p - frequency).abs() < 5 * deviation)[likely].all()
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_same_numbers_and_tensors(tmp_path):
-    flags = [*QUICK, "--save_minutes", "0.0001", "--output_dir"]
-    whole = start(*flags, str(tmp_path / "whole"))
-    assert whole.wait() == 0, whole.stderr.read()
-    moments = random.Random(0)
-    for attempt in range(6):
-        process = start(*flags, str(tmp_path / "killed"))
-        seen = set((tmp_path / "killed").rglob("*"))
-        time.sleep(4.0)  # imports
-        deadline = time.monotonic() + moments.uniform(0.0, 4.0)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-        assert set((tmp_path / "killed").rglob("*")) != seen or attempt, "killed before it began"
-    last = start(*flags, str(tmp_path / "killed"))
-    assert last.wait() == 0, last.stderr.read()
-    assert (tmp_path / "killed" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
-    assert same_tensors(tensors_of(tmp_path / "killed"), tensors_of(tmp_path / "whole"))
-    assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 2
+def test_a_row_gets_the_same_tokens_whatever_the_other_rows_of_its_batch_do():
+    model, results, lengths = tiny_model("llama"), [], set()
+    for other in ([7], [9] * 11, [11, 12, 13, 14]):  # they end at other times, padded otherwise
+        generator, prompts = torch.Generator().manual_seed(0), [[5, 6, 7], other, other]
+        answers, *others = cdpo.sample_batch(model, prompts, 4, EOS, 60, generator)
+        results.append(answers)
+        lengths.add(max(len(ids) for drawn in others for ids, _ in drawn))
+    assert results[0] == results[1] == results[2] and len(lengths) > 1
+    assert all(ids.count(EOS) == ended == (ids[-1] == EOS) for ids, ended in answers)
 
 
-def test_sigterm_leaves_with_143_and_the_same_command_goes_on(tmp_path):
-    process = start(*QUICK, "--output_dir", str(tmp_path / "o"))
-    while not (tmp_path / "o" / "sft").exists():
-        time.sleep(0.02)
-        assert process.poll() is None, process.stderr.read()
-    process.terminate()
-    assert process.wait() == 143
-    cdpo.main([*QUICK, "--output_dir", str(tmp_path / "o")])
-    assert "C-DPO" in rows_of(tmp_path / "o")
+# ---- The whole program ---------------------------------------------------------------------------
+
+TINY = str(Path(__file__).with_name("tiny_config.json"))
+SHORT = f"--config {TINY} --dataset tiny:1500 --max_steps 4 --iterations 2 --lambda_samples 4"
+SHORT = [*SHORT.split(), "--eval_samples", "4", "--dual_samples", "8"]
+QUICK = [*SHORT, "--lambda_init", "1"]
+SMALL = '{"model_type":"llama","hidden_size":8,"num_hidden_layers":1,"num_attention_heads":1}'
 
 
-def test_more_iterations_extend_a_finished_run_and_other_settings_are_refused(quick, tmp_path, capsys):
-    folder = shutil.copytree(quick, tmp_path / "o")
-    with pytest.raises(SystemExit) as refusal:
-        cdpo.main([*QUICK, "--output_dir", str(folder), "--beta", "0.5", "--seed", "3"])
+def results_of(folder):
+    return {row["name"]: row for row in json.loads((folder / "results.json").read_text())}
+
+
+def main(folder, *flags):
+    cdpo.main([*flags, "--output_dir", str(folder)])
+    return results_of(folder)
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tensors_of(folder):
+    return load_file(folder / "policy" / "model.safetensors")
+
+
+def reusing(folder):
+    names = {"sft_model": "sft", "reward_model": "reward_model", "cost_model": "cost_model"}
+    return [word for flag, name in names.items() for word in (f"--{flag}", str(folder / name))]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The README's first command, in this process."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    torch.set_num_threads(2)
+    main(folder, "--config", TINY)
+    torch.set_num_threads(1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A short run of every stage, the undisturbed one that others are compared with."""
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    main(folder, *QUICK)
+    return folder
+
+
+def enumerated_world(folder, prompts):
+    """log π_ref, log π, r, c and truths of all 584 answers of one to three words, (n, 584) each."""
+    words, tables = list(cdpo.TINY_WORDS), []
+    answers = [" ".join(ws) for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    rows, _ = cdpo.encode(tokenizer, prompts, [answers] * len(prompts))
+    rows = [(head, ys[i : i + 73]) for head, ys in rows for i in range(0, 584, 73)]
+    for name in ("sft", "policy", "reward_model", "cost_model"):
+        flag = name if name.endswith("model") else "model"
+        values = cdpo.infer(cdpo.Config(dtype="float32"), folder / name, flag, rows, name)
+        tables.append(values.view(len(prompts), 584).double().numpy())
+    truth = np.array([[cdpo.tiny_truth(x, y) for y in answers] for x in prompts])
+    return *tables, truth[..., 0], truth[..., 1]
+
+
+def test_the_first_command_finds_the_exact_constrained_optimum_of_its_world(tiny):
+    prompts = list({line["prompt"]: 0 for line in json_lines(tiny / "samples.jsonl")})
+    ref, policy, reward, cost, true_reward, true_cost = enumerated_world(tiny, prompts)
+    for log_pi in (ref, policy):
+        assert np.exp(log_pi).sum(1).mean() > 0.97  # answers outside are rare
+    for score, truth in ((reward, true_reward), (cost, true_cost)):  # (3) knows no prompt's offset
+        score, truth = (x[:, 72:] - x[:, 72:].mean(1, keepdims=True) for x in (score, truth))
+        assert np.corrcoef(score.ravel(), truth.ravel())[0, 1] > 0.97
+    beta, row = json.loads(Path(TINY).read_text())["beta"], results_of(tiny)["C-DPO"]
+    lam = bisected_lambda(reward, cost, beta, 0.0, log_ref=ref)
+    optimum = softmax(ref + (reward - lam * cost) / beta)
+    free, sft = ((softmax(ref + reward * b) * reward).sum(1).mean() for b in (1 / beta, 0))
+    assert row["lambda"] == pytest.approx(lam, abs=0.25)
+    best = (optimum * reward).sum(1).mean()
+    assert row["reward_mean"] == pytest.approx(best, abs=0.1 * (free - sft))
+    assert row["cost_ci95"][0] <= 0  # the limit is met within the interval
+    log_policy = policy - np.logaddexp.reduce(policy, axis=1, keepdims=True)
+    assert (softmax(policy) * (log_policy - np.log(optimum))).sum(1).mean() < 0.15  # KL to π_λ*
+
+
+def test_the_papers_ordering_appears_in_the_tiny_world(tiny):
+    sft, ours, dpo = (results_of(tiny)[name] for name in ("SFT", "C-DPO", "DPO"))
+    assert (sft["lambda"], sft["kl"], sft["cost_win_rate"]) == (None, 0, 0.5)
+    for key in ("reward_mean", "true_reward_mean", "reward_win_rate"):
+        assert dpo[key] > ours[key] > sft[key], key
+    for key in ("cost_mean", "true_cost_mean"):
+        assert dpo[key] > sft[key] > ours[key], key
+    assert dpo["cost_win_rate"] < 0.5 < ours["cost_win_rate"]
+
+
+def test_a_run_leaves_what_the_contract_names(tiny):
+    metric_fields = (
+        "iteration lambda cost_mean cost_ci95 reward_mean reward_ci95 dpo_loss dpo_accuracy kl "
+    )
+    metric_fields += "pairs_per_second tokens_per_second seconds peak_memory_gb"
+    result_fields = (
+        "name lambda reward_mean reward_std reward_ci95 cost_mean cost_std cost_ci95 safe_rate "
+    )
+    result_fields += "kl length_mean true_reward_mean true_cost_mean reward_win_rate cost_win_rate"
+    metrics, results = json_lines(tiny / "metrics.jsonl"), list(results_of(tiny).values())
+    assert [entry["iteration"] for entry in metrics] == list(range(len(metrics)))
+    for fields, entries in ((metric_fields.split(), metrics), (result_fields.split(), results)):
+        for entry in entries:
+            assert set(fields) <= set(entry)
+            values = [x for key, x in entry.items() if key != "name" and x is not None]
+            assert np.isfinite(np.hstack(values)).all()
+    assert metrics[0]["first_loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy is reference
+    samples = json_lines(tiny / "samples.jsonl")
+    assert set(samples[0]) == {"policy", "prompt", "response", "reward", "cost"}
+    cost = [line["cost"] for line in samples if line["policy"] == "C-DPO"]
+    assert len(cost) == 24 * 100 and np.mean(cost) == pytest.approx(
+        results[1]["cost_mean"], abs=1e-4
+    )
+    assert json.loads((tiny / "config.json").read_text())["cost_limit"] == 0
+
+
+def test_an_exported_chat_model_gives_plain_transformers_the_log_probs_of_training(tmp_path):
+    tokenizer, answers = cdpo.load_tokenizer(chat_tokenizer()), ["the answer", " No\n"]
+    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [], [])
+    model = tiny_model("llama", vocab_size=280)
+    rows, _ = cdpo.encode(tokenizer, [MULTI_TURN], [answers])
+    logps = cdpo.sequence_logps(model, cdpo.collate_rows(rows)).tolist()
+    cdpo.export(run, model, tmp_path / "policy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
+    head = template(MULTI_TURN, add_generation_prompt=True)
+    for text, logp in zip(answers, logps):
+        ids = template([*MULTI_TURN, {"role": "assistant", "content": text}])
+        alone = separate_logps(model, [(head, [ids[len(head) : -1]])])  # less the last "\n"
+        assert alone.item() == pytest.approx(logp, abs=1e-4)
+    assert model.generation_config.eos_token_id == ids[-2] != tokenizer.eos_token_id
+
+
+def test_the_table_by_hand(tmp_path, monkeypatch):
+    def samples(reward, cost, log_ratio):
+        rows = [row_of([1, 2], [], (r, c, [0.0, 0.0])) for r, c in zip(reward, cost)]
+        reward, cost, log_ratio = map(torch.tensor, (reward, cost, log_ratio))
+        return cdpo.Samples(rows, cdpo.Scores(reward, cost, 0 * cost), log_ratio)
+
+    zero = [[0.0, 0.0], [0.0, 0.0]]
+    known = {"sft": samples([[2.0, 3.0], [0.0, -1.0]], [[0.0, 1.0], [1.0, 1.0]], zero)}
+    reward, cost = [[1.0, 3.0], [0.0, 0.0]], [[-1.0, 1.0], [0.0, 2.0]]
+    known["policy"] = samples(reward, cost, [[1.0, 0.5], [0.0, 1.0]])
+    monkeypatch.setattr(cdpo, "measure", lambda run, models, path, *_: known[path])
+    run = cdpo.Run(cdpo.Config(dataset="x"), tmp_path, None, [], [], [], [])
+    problem = cdpo.Problem(None, [], None, 0.0)
+    cdpo.evaluate(run, problem, None, {"SFT": ("sft", None), "C-DPO": ("policy", 0.5)})
+    row = results_of(tmp_path)["C-DPO"]
+    assert row["reward_win_rate"] == (0 + 0 + 1 + 0.5 + 0.5 + 1 + 0.5 + 1) / 8  # couples; ties half
+    assert row["cost_win_rate"] == (1 + 1 + 0 + 0.5 + 1 + 1 + 0 + 0) / 8
+    assert (row["reward_mean"], row["cost_mean"], row["length_mean"]) == (1.0, 0.5, 1.5)
+    assert (row["safe_rate"], row["kl"], row["lambda"]) == (0.5, 0.625, 0.5)  # c ≤ 0 is safe
+    assert row["reward_std"] == pytest.approx(math.sqrt((0 + 4 + 1 + 1) / 3))
+    assert row["reward_ci95"] == pytest.approx([1 - 1.959964, 1 + 1.959964])  # means 2 and 0
+
+
+def test_samples_of_the_last_policy_enter_an_iteration_once_beside_the_data():
+    nothing, rows, seen = torch.zeros(0), [row_of([1, 1], [(0, 1, 0, 1, 1, -1)])] * 7, []
+    samples = cdpo.Samples([row_of([1] * 4, [])] * 3, cdpo.Scores(*[nothing] * 3), nothing)
+    for iteration, recycle, fresh in ((0, True, []), (1, True, [7, 8, 9]), (1, False, [])):
+        cfg = cdpo.Config(batch_size=4, dpo_steps=5, iterations=3, recycle=recycle)
+        loop = cdpo.Loop(1.0, [{}] * iteration, [samples] * iteration)
+        known, steps = cdpo.rows_of_iteration(cfg, rows, loop)
+        assert [len(step) for step in steps] == [4] * 5 and len(known) == 7 + len(fresh)
+        numbers = [i for step in steps for i in step]
+        assert sorted(i for i in numbers if i > 6) == fresh
+        seen += numbers if not fresh else []
+    assert all(seen.count(i) in (5, 6) for i in range(7))  # in passes that go on over iterations
+
+
+@pytest.mark.parametrize(
+    "method, margin", [("mocan", 0.02), ("pecan", 0.02), ("dpo", 0.5), ("sft", 0.5)]
+)
+def test_every_method_runs_and_respects_the_margin(tmp_path, capsys, method, margin):
+    rows = main(tmp_path / "o", *SHORT, "--method", method, "--margin", str(margin))
+    row = rows[{"mocan": "MoCAN", "pecan": "PeCAN"}.get(method, method.upper())]
+    kept = torch.load(tmp_path / "o" / "reference_samples.pt", weights_only=True)
+    limit = float(kept["scores"][1].double().mean()) - margin
+    printed = re.search(r"E\[cost\] ≤ (\S+)", capsys.readouterr().out)[1]
+    assert float(printed) == pytest.approx(limit, rel=1e-3) and tensors_of(tmp_path / "o")
+    if method.endswith("can"):
+        assert row["lambda"] > 0 and row["predicted_cost"] == pytest.approx(limit, abs=1e-4)
+    assert (tmp_path / "o" / "reward_model").exists() == (method != "pecan")
+
+
+def test_the_papers_letter_and_a_confident_limit_run(tmp_path):
+    letter = "--labels sample --no_all_pairs --lambda_step gradient --lambda_init 0 --no_recycle"
+    main(tmp_path / "letter", *SHORT, *letter.split())
+    first, second = json_lines(tmp_path / "letter" / "metrics.jsonl")
+    assert first["lambda"] == 0
+    assert second["lambda"] == pytest.approx(max(0, 0.05 * first["cost_mean"]), abs=1e-6)
+    main(tmp_path / "sure", *QUICK, "--cost_confidence", "0.95")
+    for entry in json_lines(tmp_path / "sure" / "metrics.jsonl"):
+        error = (entry["cost_ci95"][1] - entry["cost_mean"]) / 1.959964
+        assert entry["cost_bound"] == pytest.approx(entry["cost_mean"] + 1.644854 * error, abs=1e-4)
+
+
+# ---- Interruptions, many processes, other precisions --------------------------------------------
+
+KILLER = """
+import os, random, signal, sys, time
+import cdpo, torch
+torch.set_num_threads(1)
+folder, moments, gone = sys.argv[-1], random.Random(0), 0
+os.mkdir(folder)
+while not gone:
+    before, child = set(os.listdir(folder)), os.fork()
+    if child == 0:
+        cdpo.main(sys.argv[1:])
+        os._exit(0)
+    while not gone and set(os.listdir(folder)) <= before:  # until something new is there
+        time.sleep(0.002)
+        gone, _ = os.waitpid(child, os.WNOHANG)
+    time.sleep(moments.uniform(0.0, 0.3))
+    if not gone:
+        os.kill(child, signal.SIGKILL)
+        os.wait()
+    print("killed at", sorted(os.listdir(folder)))
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_numbers_and_tensors(quick, tmp_path):
+    folder, here = tmp_path / "killed", Path(cdpo.__file__).parent
+    command = [sys.executable, "-c", KILLER, *QUICK, "--output_dir", str(folder)]
+    killer = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    assert killer.returncode == 0, killer.stderr
+    assert len(set(killer.stdout.splitlines())) > 9, killer.stdout  # in many places
+    main(folder, *QUICK)
+    for name in ("results.json", "samples.jsonl"):
+        assert (folder / name).read_text() == (quick / name).read_text()
+    torch.testing.assert_close(tensors_of(folder), tensors_of(quick), rtol=0, atol=0)
+    for one, other in zip(
+        json_lines(folder / "metrics.jsonl"), json_lines(quick / "metrics.jsonl")
+    ):
+        assert all(one[key] == other[key] for key in ("lambda", "cost_mean", "dpo_loss", "kept"))
+    assert {file.name for file in folder.iterdir()} == {file.name for file in quick.iterdir()}
+
+
+def test_a_loss_that_is_not_finite_stops_and_what_was_finished_stays(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(tmp_path / "o", *QUICK, "--learning_rate", "1e30")
     message = capsys.readouterr().err
-    assert refusal.value.code == 2 and "beta was 1.0, is 0.5" in message and "seed was 0, is 3" in message
-    cdpo.main([*QUICK, "--output_dir", str(folder), "--iterations", "3"])
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
-    assert (folder / "metrics.jsonl").read_text().startswith((quick / "metrics.jsonl").read_text())
+    assert stop.value.code == 1 and message.count("\n") == 1
+    assert re.search(r"policy: the loss or its gradient is not finite at step \d", message)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "sft")
 
 
-# --- Many processes, other precisions ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flags", [[], ["--batch_size", "3", "--tokens_per_batch", "12"]], ids=["even", "odd"])
-def test_two_processes_give_the_single_process_s_numbers(flags, tmp_path):
-    """Odd: three pairs a step in four micro-batches, so that one process has more pairs than the other."""
+@pytest.mark.parametrize("case", ["even", "odd"])
+def test_two_processes_give_the_single_processs_numbers(case, quick, tmp_path):
+    """Odd: three rows a step in micro-batches of one, so that a process has more than the other."""
+    flags = [*QUICK, *reusing(quick), "--batch_size", "3", "--tokens_per_batch", "12"]
+    if case == "even":
+        flags = QUICK
+    launch = [
+        sys.executable,
+        *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    ]
+    command = [*launch, cdpo.__file__, *flags, "--output_dir", str(tmp_path / "two")]
+    settings = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **settings)
     one, two = tmp_path / "one", tmp_path / "two"
-    process = start(*QUICK, *flags, "--output_dir", str(two), processes=2)
-    cdpo.main([*QUICK, *flags, "--output_dir", str(one)])
+    main(one, *flags)
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-2000:]
-    scores = [torch.load(folder / "scores.pt")["scores"] for folder in (one, two)]
-    assert torch.allclose(*scores, atol=2e-3)
-    first, second = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (one, two))
-    assert second[0]["dpo_loss"] == pytest.approx(first[0]["dpo_loss"], abs=1e-4)  # up to the first sampling
+    first, second = (torch.load(f / "scores.pt", weights_only=True)["scores"] for f in (one, two))
+    torch.testing.assert_close(first, second, rtol=0, atol=2e-3)
+    first, second = (json_lines(folder / "metrics.jsonl") for folder in (one, two))
+    assert second[0]["dpo_loss"] == pytest.approx(first[0]["dpo_loss"], abs=1e-4)
     assert second[0]["cost_mean"] == pytest.approx(first[0]["cost_mean"], abs=0.02)
     assert second[-1]["lambda"] == pytest.approx(first[-1]["lambda"], abs=0.1)
-    first, second = tensors_of(one), tensors_of(two)
-    assert first.keys() == second.keys()
-    assert all(torch.allclose(first[key], second[key], atol=2e-2) for key in first)
+    torch.testing.assert_close(tensors_of(one), tensors_of(two), rtol=0, atol=2e-2)
+    if case == "odd":  # the given reference is the same model: so are its samples
+        texts = [[line["response"] for line in json_lines(f / "samples.jsonl")] for f in (one, two)]
+        assert texts[0][: 24 * 4] == texts[1][: 24 * 4]
 
 
-def test_bfloat16_reaches_the_same_conclusion(quick, tmp_path):
-    cdpo.main([*QUICK, "--output_dir", str(tmp_path / "o"), "--dtype", "bfloat16"])
-    one, two = rows_of(quick), rows_of(tmp_path / "o")
-    for name in one:
-        assert two[name]["cost_mean"] == pytest.approx(one[name]["cost_mean"], abs=0.15)
-    config = json.loads((tmp_path / "o" / "policy" / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and all(v.dtype == torch.bfloat16 for v in tensors_of(tmp_path / "o").values())
+def test_bfloat16_reaches_the_same_conclusion(quick, tmp_path, capsys):
+    rows = main(tmp_path / "o", *QUICK, "--dtype", "bfloat16")
+    for name, row in results_of(quick).items():  # other samples: their intervals overlap
+        (low, high), (least, most) = row["cost_ci95"], rows[name]["cost_ci95"]
+        assert low < most and least < high, name
+    first, second = (json_lines(f / "metrics.jsonl")[0] for f in (quick, tmp_path / "o"))
+    assert second["dpo_loss"] == pytest.approx(first["dpo_loss"], abs=0.01)
+    assert "not ln 2" not in capsys.readouterr().out
+    assert {value.dtype for value in tensors_of(tmp_path / "o").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "policy").dtype == torch.bfloat16
 
 
-def test_model_flops_are_those_that_torch_counts_without_padding_or_masked_keys(monkeypatch):
-    """The meter's MFU, on a GPU that is not there: its matrix product of 8192 takes one second, and so does the work."""
-    monkeypatch.setattr(cdpo, "GPU", True)
-    monkeypatch.setattr(cdpo, "Timer", lambda *_, **__: SimpleNamespace(blocked_autorange=lambda: SimpleNamespace(median=1)))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    for config in CONFIGS:
-        model, pairs = tiny_model(config), tiny_pairs(lengths=[(24, 20, 20)])
-        batch = cdpo.collate_pairs(pairs)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            cdpo.sequence_logps(model, batch)
-        linear = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
-        attention = 2 * 4 * 32 * int(batch["attention_mask"].sum())  # two layers of width 32: q·k and its weight times v
-        inference = cdpo.throughput("inference", model, pairs, 1.0, training=False)["mfu"] * 2 * 8192**3
-        training = cdpo.throughput("training", model, pairs, 1.0, training=True)["mfu"] * 2 * 8192**3
-        vectors = 2 * 64 * sum(p.numel() for p in model.parameters() if p.dim() == 1)  # biases, norms: not in torch's count
-        assert inference == pytest.approx(linear + attention + vectors, rel=0.01) and training == pytest.approx(3 * inference)
-
-
-def test_llama_2_7b_is_sharded_into_33_units_and_16_bytes_per_parameter_divided_by_the_gpus():
+def test_llama_2_7b_is_33_units_and_16_bytes_per_parameter_divided_by_the_gpus(monkeypatch):
     """The README's memory table, on a 7B without weights and eight ranks that do not exist."""
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(), attn_implementation="sdpa")
-    assert model.num_parameters() == 6_738_415_616
+        model = AutoModelForCausalLM.from_config(cdpo.load_config('{"model_type": "llama"}'))
+    monkeypatch.setattr(cdpo, "load_model", lambda *_: model)
     torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         cfg = cdpo.Config(dtype="bfloat16", gradient_checkpointing=True)
-        model, optimizer = cdpo.training_model(model, cdpo.sequence_logps, cfg, 1e-6)
-        assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 33  # each block, and the root
+        optimizer = cdpo.training_model(cfg, "policy", "7b", 1).optimizer
+        assert (
+            sum(isinstance(module, FSDPModule) for module in model.modules()) == 33
+        )  # blocks, root
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.param_groups[0]["fused"] = False  # there is no fused step without a device
         optimizer.step()
-        held = [tensor for p in model.parameters() for tensor in (p, p.grad, *optimizer.state[p].values()) if tensor.dim()]
-        assert sum(tensor.to_local().nbytes for tensor in held) == 16 * 6_738_415_616 / 8  # 13.5 GB on each
+        held = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+        size = sum(tensor.to_local().nbytes for tensor in held if tensor.dim())
+        assert size == 16 * 6_738_415_616 / 8  # 13.5 GB on each
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_the_readme_s_script_draws_a_run_where_matplotlib_is_installed(quick, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib").use("Agg")
-    script = re.search(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(), re.S)[1]
-    assert '"tiny_output"' in script
-    folder = shutil.copytree(quick, tmp_path / "run")
-    if not (folder / "reference_samples.pt").exists():  # the quick run is given its first λ
-        torch.save({"scores": torch.randn(2, 24, 8)}, folder / "reference_samples.pt")
-    exec(compile(script.replace('"tiny_output"', repr(str(folder))), "README.md", "exec"), {})
-    assert (folder / "pictures.png").stat().st_size > 10_000
-
-
-# --- Refusals ---------------------------------------------------------------------------------------------------
-
-GOOD = {"prompt": "mix oil", "response_0": "read wait cut", "response_1": "push cut ask", "better_response_id": 0,
-        "safer_response_id": 1, "is_response_0_safe": False, "is_response_1_safe": True}
+# ---- Refusals ------------------------------------------------------------------------------------
 
 
 def many(**changes):
-    """Forty good rows over twenty prompts, then one with changes."""
-    rows = [{**GOOD, "prompt": f"{verb} {noun}", "response_0": f"read wait {word}"}
-            for verb in cdpo.TINY_VERBS[:2] for noun in cdpo.TINY_NOUNS[:10] for word in ("cut", "ask")]
+    """Forty good rows over twenty prompts, then one with changes; what is ... is left out."""
+    rows = [{**GOOD, "prompt": f"mix {i // 2}", "response_0": f"read {i}"} for i in range(40)]
     return rows + [{key: value for key, value in {**GOOD, **changes}.items() if value is not ...}]
 
 
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-SMALL = '{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}'
-DATA = {  # name: (content of the dataset file, words of the message)
-    "a missing prompt": (lines(many(prompt=...)), "line 41: column prompt is missing"),
-    "a missing response": (lines(many(response_1=...)), "line 41: column response_1 is missing"),
-    "no help label": (lines(many(better_response_id=...)), "column better_response_id is missing"),
-    "no harm label": (lines(many(safer_response_id=...)), "column safer_response_id is missing"),
-    "no safety label": (lines(many(is_response_0_safe=...)), "column is_response_0_safe is missing"),
-    "a number for a prompt": (lines(many(prompt=3)), "line 41: prompt is 3; it must be text"),
-    "null for a response": (lines(many(response_0=None)), "response_0 is None; it must be text"),
-    "a list for a response": (lines(many(response_0=["a"])), "it must be text"),
-    "a label of 2": (lines(many(better_response_id=2)), "better_response_id is 2; it must be 0 or 1"),
-    "a label of -1": (lines(many(safer_response_id=-1)), "safer_response_id is -1"),
-    "a label of text": (lines(many(safer_response_id="1")), "safer_response_id is '1'; it must be 0 or 1"),
-    "a label of null": (lines(many(better_response_id=None)), "better_response_id is None"),
-    "safety as text": (lines(many(is_response_1_safe="yes")), "is_response_1_safe is 'yes'; it must be true or false"),
-    "a broken line": (lines(many()) + '{"prompt": \n', "line 42: invalid JSON"),
-    "a line of numbers": (lines(many()) + "17\n", "line 42: column prompt is missing"),
-    "a truncated file": (lines(many())[:-20], "line 41: invalid JSON"),
-    "an empty file": ("", "it is empty"),
-    "blank lines only": ("\n\n\n", "it is empty"),
-    "too few prompts": (lines([GOOD] * 3), "too few"),
-    "empty responses": (lines([{**GOOD, "response_0": " "}] * 40), "40 empty response"),
-    "identical responses": (lines([{**GOOD, "response_0": "ask", "response_1": "ask"}] * 40), "40 identical responses"),
-    "contradicting labels": (lines([{**GOOD, "safer_response_id": 0}] * 40), "40 'safer' response unsafe"),
-    "empty prompts": (lines([{**GOOD, "prompt": ""}] * 40), "40 empty prompt"),
-    "another encoding": ("\ufeff".encode("utf-16") + b"\xff\xfe\x00", "cannot be read: UnicodeDecodeError"),
-    "prompts too long": (lines([{**GOOD, "prompt": "mix " * 40 + noun} for noun in cdpo.TINY_NOUNS]),
-                         "prompt that fills --max_length"),
+BAD_DATA = {  # name of a file: (rows, words of the message)
+    "no_prompt": (many(prompt=...), "row 41: column prompt is missing"),
+    "no_help_label": (many(better_response_id=...), "row 41: column better_response_id is missing"),
+    "label_of_2": (many(safer_response_id=2), "row 41: safer_response_id is 2; it must be 0 or 1"),
+    "no_question": ([{**GOOD, "prompt": MULTI_TURN[:2]}] * 40, "row 1: prompt is [{'role'"),
+    "empty": ([], "it is empty"),
+    "equal": ([{**GOOD, "response_0": "burn"}] * 40, "40 of identical responses"),
+    "contrary": ([{**GOOD, "safer_response_id": 1}] * 40, "40 whose safer response is unsafe"),
+    "long": ([{**row, "prompt": "mix " * 60} for row in many()], "that fills --max_length"),
+    "broken": (None, "--dataset broken.jsonl: cannot be read"),
 }
-FLAGS = {  # name: (flags, words of the message)
-    "an unknown flag": (["--lamda", "1"], "unrecognized arguments: --lamda"),
-    "an abbreviated flag": (["--iter", "1"], "unrecognized arguments"),
-    "a word for a number": (["--beta", "big"], "invalid float value: 'big'"),
-    "a fraction for a count": (["--iterations", "1.5"], "invalid int value: '1.5'"),
-    "an unknown method": (["--method", "ppo"], "invalid choice: 'ppo'"),
-    "beta of zero": (["--beta", "0"], "--beta is 0.0; it must be above 0"),
-    "beta not a number": (["--beta", "nan"], "--beta is nan"),
-    "an infinite limit": (["--cost_limit", "inf"], "--cost_limit is inf"),
-    "no iterations": (["--iterations", "0"], "--iterations is 0; it must be at least 1"),
-    "a negative seed": (["--seed", "-1"], "--seed is -1"),
-    "a negative lambda": (["--lambdas", "0", "-0.5"], "--lambdas is -0.5"),
-    "a lambda twice": (["--lambdas", "0", "0.0"], "names a value twice"),
-    "a template without a prompt": (["--template", "Say:"], "--template must contain {prompt} once"),
-    "certainty": (["--cost_confidence", "1"], "--cost_confidence must be below 1"),
-    "one sample for Newton": (["--lambda_samples", "1"], "--lambda_samples is 1; it must be at least 2"),
-    "a given lambda for MoCAN": (["--method", "mocan", "--lambda_init", "1"], "--lambda_init is for --method cdpo"),
-    "PeCAN without a margin": (["--method", "pecan"], "--method pecan needs --margin"),
-    "no room for a prompt": (["--max_new_tokens", "32"], "leaves no room"),
-    "an empty name": (["--tokenizer", ""], "--tokenizer is empty"),
-    "no such dataset": (["--dataset", "/nowhere/x.jsonl", "--model", SMALL], "FileNotFoundError"),
-    "no such folder": (["--dataset", "./nowhere", "--model", SMALL], "cannot be read"),
-    "a table that is none": (["--dataset", "BAD.parquet", "--model", SMALL], "cannot be read"),
-    "no such model": (["--model", "/nowhere/model"], "--model /nowhere/model"),
-    "an unknown architecture": (["--model", '{"model_type": "perceptron"}'], "cannot be loaded"),
-    "a model that is no dictionary": (["--model", '{"model_type": '], "cannot be loaded"),
-    "no such reward model": (["--reward_model", "/nowhere/r"], "--reward_model /nowhere/r"),
-    "a score model without a head": (["--cost_model", "HEADLESS"], "no score_head.weight"),
-    "a cost model for a reward model": (["--reward_model", "COST"], "calls it a cost model"),
-    "no such policy to compare": (["--compare", "/nowhere/p"], "--compare /nowhere/p"),
-    "a tokenizer too large": (["--model", '{"model_type": "llama", "vocab_size": 20}'], "vocab_size is 20; name its own"),
-    "a model larger than the disk": (["--model", '{"model_type": "llama", "vocab_size": 1000000000000}'],
-                                     "GB are free; free some space"),
-    "a decoder that scales its logits": (["--model", json.dumps({
-        "model_type": "granite", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "logits_scaling": 4.0, "initializer_range": 0.3})],
-        "attention or output head this program gets wrong"),
-    "a decoder with a short window": (["--model", json.dumps({
-        "model_type": "mistral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 8, "initializer_range": 0.3})],
-        "attention or output head this program gets wrong"),
-    "no such config": (["--config", "/nowhere.json"], "--config /nowhere.json"),
-    "a config with an unknown key": (["--config", "UNKNOWN.json"], "--lamda"),
-    "a config that is a list": (["--config", "LIST.json"], "one object of settings"),
-    "a config that is not JSON": (["--config", "BROKEN.json"], "must be a readable JSON file"),
-    "a config with a wrong type": (["--config", "TYPE.json"], "invalid int value"),
-    "an unreachable limit": (["--cost_limit", "-50", "--lambda_step", "newton"], "the lowest cost that the samples can reach"),
+REFUSED = {  # flags: words of the message
+    "--lamda 1": "unrecognized arguments: --lamda",
+    "--iterations 0": "--iterations is 0; it must be finite and at least 1",
+    "--cost_confidence 1": "--cost_confidence is 1.0",
+    "--method mocan --lambda_init 1": "--lambda_init is for --method cdpo",
+    "--method pecan": "--method pecan needs --margin",
+    "--model /nowhere/model": "--model /nowhere/model",
+    '--model {"model_type":"llama","vocab_size":20}': "but the model's vocab_size is 20",
+    "--cost_model HEADLESS": "no score_head.weight",
+    "--cost_model THREE": "one label",
+    "--reward_model COST": "calls it a cost",
+    "--config UNKNOWN.json": "--lamda",
+    "--config TYPE.json": "invalid int value: 'many'",
+    "--cost_limit -50": "the lowest cost that the samples can reach",
+    "--model GRANITE --dtype bfloat16": "attention or output head this program gets wrong",
 }
+DATA = f"--max_length 128 --model {SMALL} --dataset"
+REFUSED |= {f"{DATA} {name}.jsonl": words for name, (_, words) in BAD_DATA.items()}
 
 
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    (folder / "good.jsonl").write_text(lines(many()))
-    (folder / "BAD.parquet").write_text("no parquet")
-    (folder / "UNKNOWN.json").write_text('{"lamda": 1}')
-    (folder / "LIST.json").write_text("[]")
-    (folder / "BROKEN.json").write_text("{")
-    (folder / "TYPE.json").write_text('{"iterations": "many"}')
-    write_beaver(folder / "HEADLESS", True, False, "cost", head=False)
-    write_beaver(folder / "COST", True, False, "cost")
+    for name, (rows, _) in BAD_DATA.items():
+        written(folder / f"{name}.jsonl", rows or [])
+    for name, text in (("UNKNOWN", '{"lamda": 1}'), ("TYPE", '{"iterations": "many"}')):
+        (folder / f"{name}.json").write_text(text)
+    (folder / "broken.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": \n')
+    tiny_model("llama").save_pretrained(folder / "HEADLESS")
+    write_beaver(folder / "COST")
+    write_classifier(folder / "THREE", "llama", labels=3)
+    tiny_model("granite", logits_scaling=4.0).save_pretrained(folder / "GRANITE")
+    cdpo.tiny_tokenizer().save_pretrained(folder / "GRANITE")
     return folder
 
 
-def refusal_of(argv, capsys):
+def refusal_of(capsys, folder, *flags):
     """The one line on standard error with which the program refuses."""
     with pytest.raises(SystemExit) as refusal:
-        cdpo.main(argv)
-    captured = capsys.readouterr().err
-    assert refusal.value.code == 2, captured
-    assert captured.startswith("cdpo: ") and captured.count("\n") == 1 and "Traceback" not in captured, captured
-    return captured
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_bad_data_is_refused_in_one_line(case, bad_files, tmp_path, capsys):
-    content, words = DATA[case]
-    (tmp_path / "data.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = refusal_of(["--dataset", str(tmp_path / "data.jsonl"), "--model", SMALL, "--max_length", "64",
-                          "--max_new_tokens", "8", "--output_dir", str(tmp_path / "o")], capsys)
-    assert words in message and str(tmp_path / "data.jsonl") in message
-
-
-@pytest.mark.parametrize("case", FLAGS)
-def test_bad_settings_are_refused_in_one_line(case, bad_files, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(bad_files)
-    flags, words = FLAGS[case]
-    quick = [flag for flag in QUICK if flag not in ("--lambda_init", "1")]
-    message = refusal_of([*quick, "--output_dir", str(tmp_path / "o"), *flags], capsys)
-    assert words in message, message
-
-
-def test_a_one_shot_run_is_not_extended_by_more_iterations(tmp_path, capsys):
-    flags = [flag for flag in QUICK if flag not in ("--lambda_init", "1")] + ["--method", "dpo", "--output_dir", str(tmp_path / "o")]
-    cdpo.main(flags)
-    assert "iterations was 2, is 3" in refusal_of([*flags, "--iterations", "3"], capsys)
-
-
-def test_a_prompt_of_the_table_that_fills_the_length_is_left_out(tmp_path, capsys):
-    prompts = [f"{verb} oil" for verb in cdpo.TINY_VERBS[:4]] + ["mix " * 40]
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    cfg = cdpo.Config(max_length=100, template="Q {prompt}:")
-    pairs = cdpo.load_pairs(str(tmp_path / "eval.jsonl"), "eval_dataset", [], cfg, transformers.ByT5Tokenizer())
-    assert [pair.prompt for pair in pairs] == prompts[:4] and "1 prompt that fills" in capsys.readouterr().out
-
-
-def test_a_refused_folder_keeps_every_file(quick, tmp_path, capsys):
-    foreign = tmp_path / "model"
-    foreign.mkdir()
-    (foreign / "config.json").write_text('{"model_type": "llama"}')
-    assert "holds no run of this program" in refusal_of([*QUICK, "--output_dir", str(foreign)], capsys)
-    assert "holds no run of this program" in refusal_of([*QUICK, "--output_dir", str(foreign), "--overwrite"], capsys)
-    assert (foreign / "config.json").read_text() == '{"model_type": "llama"}'
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.txt").write_text("mine")
-    assert "is not empty" in refusal_of([*QUICK, "--output_dir", str(tmp_path / "notes")], capsys)
-    (tmp_path / "file").write_text("")
-    assert "cannot be written" in refusal_of([*QUICK, "--output_dir", str(tmp_path / "file")], capsys)
-    before = {f: f.read_bytes() for f in quick.rglob("*") if f.is_file()}
-    refusal_of([*QUICK, "--output_dir", str(quick), "--labels", "hard"], capsys)
-    assert {f: f.read_bytes() for f in quick.rglob("*") if f.is_file()} == before
-
-
-def test_a_second_process_in_the_same_folder_is_refused(tmp_path, capsys):
-    process = start(*QUICK, "--output_dir", str(tmp_path / "o"))
-    while not (tmp_path / "o" / "config.json").exists():
-        time.sleep(0.02)
-        assert process.poll() is None
-    try:
-        assert "another process" in refusal_of([*QUICK, "--output_dir", str(tmp_path / "o")], capsys)
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cdpo.main([*QUICK, "--output_dir", str(tmp_path / "o"), "--sft_learning_rate", "1e30"])
+        main(folder, *flags)
     message = capsys.readouterr().err
-    assert stop.value.code == 1 and "sft: loss or gradient is not finite at step" in message and "pairs [" in message
+    assert refusal.value.code == 2 and "Traceback" not in message, message
+    assert message.startswith("cdpo: ") and message.count("\n") == 1, message
+    return message
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_cannot_be_is_refused_in_one_line(flags, bad_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(bad_files)
+    message = refusal_of(capsys, tmp_path / "o", *SHORT, *flags.split())
+    assert REFUSED[flags] in message, message
+
+
+def test_a_harmlessness_reward_given_as_a_cost_is_refused(tiny, tmp_path, capsys):
+    harmless = shutil.copytree(tiny / "cost_model", tmp_path / "harmless")
+    tensors = load_file(harmless / "model.safetensors")
+    tensors |= {name: -value for name, value in tensors.items() if name.startswith("score_head")}
+    save_file(tensors, harmless / "model.safetensors", {"format": "pt"})
+    given = [*QUICK, *reusing(tiny)]
+    message = refusal_of(capsys, tmp_path / "o", *given, "--cost_model", str(harmless))
+    assert "harmlessness reward" in message
+    main(tmp_path / "p", *given)  # the cost itself is none
+
+
+def test_other_settings_are_refused_with_the_flags_that_reuse_models(quick, tmp_path, capsys):
+    before = {file: file.read_bytes() for file in quick.rglob("*") if file.is_file()}
+    message = refusal_of(capsys, quick, *QUICK, "--beta", "0.5", "--seed", "3")
+    assert "beta was 1.0, is 0.5" in message and "seed was 0, is 3" in message
+    assert {file: file.read_bytes() for file in quick.rglob("*") if file.is_file()} == before
+    flags = reusing(quick)
+    assert all(f"{flag} {path}" in message for flag, path in zip(flags[::2], flags[1::2]))
+    policy, old = str(quick / "policy"), results_of(quick)
+    rows = main(tmp_path / "o", *QUICK, "--beta", "0.5", *flags, "--compare", policy)
+    assert list(rows) == ["SFT", "C-DPO", "DPO", policy] and not (tmp_path / "o" / "sft").exists()
+    assert rows["SFT"] == old["SFT"] and rows[policy]["cost_mean"] == old["C-DPO"]["cost_mean"]
+    assert rows[policy]["lambda"] is None and rows[policy]["kl"] == old["C-DPO"]["kl"]
+
+
+def test_a_refused_folder_keeps_all_and_an_overwritten_one_what_is_yours(quick, tmp_path, capsys):
+    for name, text in (("config.json", '{"model_type": "llama"}'), ("notes.txt", "mine")):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(text)
+        for flags in (QUICK, [*QUICK, "--overwrite"]):
+            assert "holds no run of this program" in refusal_of(capsys, folder, *flags)
+        assert (folder / name).read_text() == text and len(list(folder.iterdir())) == 1
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refusal_of(capsys, tmp_path / "file", *QUICK)
+
+    folder = shutil.copytree(quick, tmp_path / "run")
+    for name in ("notes.txt", "plots.json"):
+        (folder / name).write_text("mine")
+    main(folder, *SHORT, "--method", "sft", "--overwrite")
+    assert (folder / "notes.txt").exists() and (folder / "plots.json").exists()
+    assert not (folder / "metrics.jsonl").exists() and not (folder / "lambda-0").exists()
