@@ -835,6 +835,7 @@ def train(cfg, trainee, rows, steps, loss_fn):
     return {
         "dpo_loss": loss,
         "dpo_accuracy": accuracy,
+        "first_loss": history[0][0],
         "pairs_per_second": pairs / seconds,
         "tokens_per_second": tokens / seconds,
         "peak_memory_gb": peak,
@@ -1116,11 +1117,19 @@ class ScoreModel(transformers.PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path, config=None, new_head=False):
-        """Load a score checkpoint or, for new_head, a decoder. An error without a score head."""
+        """Load a score checkpoint or, for new_head, a language model with a new score head.
+
+        ValueError where there is no score head, or one of several labels.
+        """
         config = config or AutoConfig.from_pretrained(path)
         names = {r"^score\.": "score_head.", r"^(transformer|gpt_neox)\.": "model."}
         options = {"dtype": "auto", "key_mapping": names, "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # to name them
         model, info = super().from_pretrained(path, config=config, **options)
+        for name, found, wanted in info["mismatched_keys"]:
+            raise ValueError(
+                f"{name} is {tuple(found)}, not {tuple(wanted)}: a score has one label"
+            )
 
         values = {"score_head.bias": 0.0, "normalizer.mean": 0.0, "normalizer.var": 1.0}
         if getattr(config, "do_normalize", False):  # they stand in tensors or in the config
@@ -1293,7 +1302,9 @@ def load_tokenizer(source, template=None):
         text = "{{ bos_token }}"
     text += "{% for turn in messages %}{% if turn['role'] == 'assistant' %}"
     text += "{{ turn['content'] + eos_token }}{% else %}"
-    text += f"{{{{ {template!r}.replace('{{prompt}}', turn['content']) }}}}"
+    later = template.removeprefix("BEGINNING OF CONVERSATION: ")  # Beaver says it once
+    text += f"{{{{ ({template!r} if loop.first else {later!r})"
+    text += ".replace('{prompt}', turn['content']) }}"
     tokenizer.chat_template = text + "{% endif %}{% endfor %}"
     return tokenizer
 
@@ -1439,97 +1450,96 @@ def read_dataset(source, flag, seed):
     if name == "tiny":
         return tiny_rows(int(split or 60000), seed)
     kind = Path(name).suffix.removeprefix(".").replace("jsonl", "json")
-    with refusing(
-        f"--{flag} {source}: cannot be read", "give a file, folder or hub name with rows"
-    ):
-        if kind in ("json", "csv", "parquet"):
-            rows = datasets.load_dataset(kind, data_files=name, split="train")
-        elif any(Path(name).glob("**/state.json")):  # written by save_to_disk
-            rows = datasets.load_from_disk(name)
-            rows = rows[split or "train"] if isinstance(rows, dict) else rows
-        else:
-            rows = datasets.load_dataset(name, split=split or "train")
-        return rows.to_list()
+    with refusing(f"--{flag} {source}: cannot be read", "give a file, a folder or a hub name"):
+        try:
+            if kind in ("json", "csv", "parquet"):
+                rows = datasets.load_dataset(kind, data_files=name, split="train")
+            elif any(Path(name).glob("**/state.json")):  # written by save_to_disk
+                rows = datasets.load_from_disk(name)
+                rows = rows[split or "train"] if isinstance(rows, dict) else rows
+            else:
+                rows = datasets.load_dataset(name, split=split or "train")
+            rows[0]
+        except (StopIteration, IndexError):
+            raise ValueError("it is empty") from None
+    return list(rows)
 
 
-def read_row(entry):
-    """A dataset's row with all COLUMNS. chosen and rejected, texts or messages, are responses."""
-    row = dict.fromkeys(COLUMNS) | entry
-    if not (entry.get("chosen") and entry.get("rejected")):
-        return row
-    for name, text in (("response_0", entry["chosen"]), ("response_1", entry["rejected"])):
-        if isinstance(text, list):  # messages, of which the last is the response
-            row["prompt"] = row["prompt"] or text[:-1]
-            text = text[-1]["content"]
-        row[name] = text
-    if row["better_response_id"] is None:
-        row["better_response_id"] = 0
-    return row
+def read_row(entry, where, need):
+    """A dataset's row, checked. → (prompt, [y0, y1], their Pair), of which `need` must be there.
 
+    Lists of messages in chosen and rejected end with the response. Unknown signs are 0.
+    """
+    if entry.get("chosen") and entry.get("rejected"):
+        entry = {"better_response_id": 0, **entry}
+        for name, value in (("response_0", entry["chosen"]), ("response_1", entry["rejected"])):
+            if isinstance(value, list):
+                entry["prompt"] = entry.get("prompt") or value[:-1]
+                value = value[-1].get("content")
+            entry[name] = value
 
-def flaw_of(row, need):
-    """The first column, of those needed, whose value is not what it must be, or None."""
     for name in need:
-        value = row[name]
-        good = isinstance(value, str) and value.strip() != ""
+        value, rule = entry.get(name), "text"
+        if value is None:
+            refuse(f"{where}: column {name} is missing; needed: {', '.join(need)}")
+        right = isinstance(value, str)
+        if name == "prompt" and isinstance(value, list):
+            rule = "text, or messages of role and content, the last a user's"
+            right = bool(value) and value[-1].get("role") == "user"
+            right = right and all(isinstance(message.get("content"), str) for message in value)
         if name in COLUMNS[3:]:
-            good = value in (0, 1)  # and so True or False
-        elif name == "prompt" and isinstance(value, list):
-            good = len(value) > 0 and value[-1]["role"] == "user"
-        if not good:
-            return name
+            right, rule = value in (0, 1), "0 or 1, or true or false"
+        if not right:
+            refuse(f"{where}: {name} is {value!r:.60}; it must be {rule}")
 
-
-def labelled_pair(row):
-    """A row's labels as a Pair; of unknown helpfulness the first is chosen, unknown signs are 0."""
-    helpful, safer, *safe = (row[name] for name in COLUMNS[3:])
+    prompt, *texts = (entry[name] for name in need[:3])
+    prompt = prompt.strip() if isinstance(prompt, str) else prompt
+    helpful, safer, *safe = (entry.get(name) for name in COLUMNS[3:])
     chosen = int(helpful == 1)
-    if not {0, 1}.issuperset({safer, *safe}):
-        return Pair(chosen, 1 - chosen, 1 - chosen, chosen, 0, 0)
-    signs = [1 - 2 * safe[0], 1 - 2 * safe[1]]
-    return Pair(chosen, 1 - chosen, 1 - safer, int(safer), signs[1 - safer], signs[safer])
+    pair = Pair(chosen, 1 - chosen, 1 - chosen, chosen, 0, 0)
+    if {0, 1}.issuperset({safer, *safe}):
+        signs = [1 - 2 * safe[0], 1 - 2 * safe[1]]
+        pair = Pair(chosen, 1 - chosen, 1 - safer, int(safer), signs[1 - safer], signs[safer])
+    return prompt, texts, pair
 
 
 def load_rows(cfg, tokenizer, source, flag, need):
-    """A dataset's prompts, each with its different responses and its pairs. → [Row]"""
-    entries, counts, found = read_dataset(source, flag, cfg.seed), Counter(), {}
-    for entry in map(read_row, entries):
-        flaw = flaw_of(entry, need)
-        if flaw:
-            counts[f"without a usable {flaw}"] += 1
+    """A dataset's prompts, each with its different responses and its pairs. → [Row], not packed."""
+    entries, counts, prompts = read_dataset(source, flag, cfg.seed), Counter(), {}
+    for number, entry in enumerate(entries, 1):
+        prompt, texts, pair = read_row(entry, f"--{flag} {source}, row {number}", need)
+        if not prompt or not all(text.strip() for text in texts):
+            counts["with an empty prompt or response"] += 1
             continue
+        _, known, pairs = prompts.setdefault(json.dumps(prompt), (prompt, {}, []))
+        numbers = [known.setdefault(text, len(known)) for text in texts]
+        pairs.append(pair.renumbered(numbers) if texts else None)
 
-        prompt = entry["prompt"]
-        prompt = prompt.strip() if isinstance(prompt, str) else prompt
-        _, known, pairs = found.setdefault(json.dumps(prompt), (prompt, {}, []))
-        if len(need) > 1:
-            numbers = [known.setdefault(entry[name], len(known)) for name in need[1:3]]
-            pairs.append(labelled_pair(entry).renumbered(numbers))
-
-    prompts, texts, labels = zip(*found.values()) if found else ((), (), ())
-    ids, cut = encode(tokenizer, prompts, [list(known) for known in texts], None, cfg.max_length)
-    rows = []
-    for prompt, known, pairs, (head, responses) in zip(prompts, texts, labels, ids):
-        good = []
-        if len(head) >= cfg.max_length:
-            counts["with a prompt that fills --max_length"] += max(1, len(pairs))
-            continue
+    heads, texts = [x[0] for x in prompts.values()], [list(x[1]) for x in prompts.values()]
+    ids, cut = encode(tokenizer, heads, texts, None, cfg.max_length)
+    rows, used = [], 0
+    for (prompt, known, pairs), (head, responses) in zip(prompts.values(), ids):
+        usable = []
         for pair in pairs:
-            if responses[pair.chosen] == responses[pair.rejected]:
+            if len(head) >= cfg.max_length:
+                counts["with a prompt that fills --max_length"] += 1
+            elif pair and responses[pair.chosen] == responses[pair.rejected]:
                 counts["of identical responses"] += 1
-            elif pair.better_sign > pair.worse_sign:
+            elif pair and pair.better_sign > pair.worse_sign:
                 counts["whose safer response is unsafe beside a safe one"] += 1
             else:
-                good.append(pair)
-        if good or not known:
-            ended = [True] * len(known)
-            rows.append(Row(prompt, list(known), ended, (head, responses), good, len(good)))
+                usable.append(pair)
+        used += len(usable)
+        if usable:
+            pairs, ended = [pair for pair in usable if pair], [True] * len(known)
+            rows.append(Row(prompt, list(known), ended, (head, responses), pairs, len(pairs)))
 
     notes = "".join(f", {n} {what}" for what, n in (counts + cut).items())
-    used = len(entries) - counts.total()
     say(f"{source}: {len(entries)} rows of {len(prompts)} prompts, {used} used{notes}")
-    if used * 2 < len(entries) or not rows:
-        refuse(f"--{flag} {source}: too few of {len(entries)} rows can be used{notes}")
+    if used * 2 < len(entries):
+        refuse(
+            f"--{flag} {source}: too few of {len(entries)} rows can be used{notes}; mend the data"
+        )
     return rows
 
 
