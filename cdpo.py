@@ -704,7 +704,7 @@ def sequence_logps(model, batch):
     batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
     rows = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     hidden = model.base_model(**rows, use_cache=False).last_hidden_state.flatten(0, 1)
-    hidden = hidden[batch["source"]]  # (T, width)
+    hidden = hidden.index_select(0, batch["source"])  # (T, width)
     head = model.get_output_embeddings()
 
     def token_logps(hidden, target):
