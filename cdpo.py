@@ -21,10 +21,10 @@ Equation numbers are those of 2403.02475. Where this program departs from the pa
  3. DPO compares all responses to a prompt, not only those that annotators did: (12) labels any
     pair by its scores, at no more cost than that of the responses. (--no_all_pairs)
  4. λ starts at the minimum of the dual (9) on samples of π_ref, which is MoCAN. (--lambda_init)
- 5. λ moves to the minimum of the dual on samples of the newest policies, reweighted, shifted by
-    what the policy still lags behind: no step size. (--lambda_step gradient is (14).)
+ 5. λ moves to the minimum of the dual on the samples of all iterations, reweighted, and above it
+    where the policy keeps lagging behind: no step size. (--lambda_step gradient is (14).)
  6. The policy and its optimizer are carried from one λ to the next, and the learning rate falls
-    over the whole loop.
+    over the second half of the loop.
  7. The samples that measure the cost are trained on in the next iteration. (--no_recycle)
  8. Of the iterates the best is kept, by objective (6) less an exact penalty for cost over the
     limit.
