@@ -35,12 +35,10 @@ The paper's letter: --labels sample --no_all_pairs --lambda_step gradient --lamb
 
 import gc
 import hashlib
-import itertools
 import json
 import math
 import os
 import random
-import re
 import resource
 import shutil
 import sys
@@ -48,7 +46,8 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date, timedelta
+from datetime import timedelta
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -65,10 +64,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-RANK, WORLD = (
-    int(os.environ.get("RANK", "0")),
-    int(os.environ.get("WORLD_SIZE", "1")),
-)  # of torchrun
+RANK = int(os.environ.get("RANK", "0"))  # of torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
@@ -78,8 +75,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 def opt(default, text):
     """A field of Config: its default and its line of --help."""
-    what = {"default_factory": list} if default is list else {"default": default}
-    return field(metadata={"help": text}, **what)
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -120,7 +116,7 @@ class Config:
     lambda_samples: int = opt(4, "responses per prompt that measure a policy there")
     recycle: bool = opt(True, "train on those responses, too, in the next iteration")
     dual_samples: int = opt(16, "responses of π_ref per prompt there, to solve the dual")
-    lambdas: list[float] = opt(list, "also train a policy for each of these fixed λ; 0 is DPO")  # noqa: RUF009
+    lambdas: list[float] | None = opt(None, "also train a policy for each of these λ; 0 is DPO")
     iterations: int = opt(5, "outer iterations: relabel, fit, sample, step")
     dpo_steps: int = opt(100, "DPO steps of an outer iteration")
 
@@ -139,7 +135,7 @@ class Config:
     eval_prompts: int = opt(2000, "prompts of the final table, a fifth of the dataset's at most")
     eval_samples: int = opt(5, "responses per prompt there")
     sample_tokens: int = opt(40960 if GPU else 16384, "tokens, with padding, sampled at once")
-    compare: list[str] = opt(list, "further policies, evaluated as rows of the same table")  # noqa: RUF009
+    compare: list[str] | None = opt(None, "further policies, as rows of the same table")
 
 
 # ---- The mathematics -----------------------------------------------------------------------------
@@ -276,20 +272,17 @@ def ci95(values):
 def predict(reward, cost, lam, beta, log_ratio=None):
     """What π_λ would earn and cost, from samples alone, before any training (2405.19544).
 
-    reward, cost, log_ratio (n, m) as in solve_dual → dict: reward, cost, cost_ci95 (clustered by
-    prompt); ess, the mean effective sample size of a prompt: near 1 the weights rest on one sample,
-    and all these numbers mean little; kl, KL(π_λ ‖ the samples' policy) as the weights show it,
-    which m samples cannot show above log m.
+    reward, cost, log_ratio (n, m) as in solve_dual → dict: reward, cost; ess, the mean effective
+    sample size of a prompt: near 1 the weights rest on one sample, and all these numbers mean
+    little; kl, KL(π_λ ‖ the samples' policy) as the weights show it, which m samples cannot show
+    above log m.
     """
     log_ratio = torch.zeros_like(cost) if log_ratio is None else log_ratio
     weights = torch.softmax(((reward - lam * cost) / beta - log_ratio).double(), dim=1)
-    costs = (weights * cost).sum(dim=1)  # (n,)
-    error = 1.959964 * float(costs.std()) / math.sqrt(len(costs))
     entropy = -torch.special.xlogy(weights, weights).sum(dim=1).mean()
     return {
         "reward": float((weights * reward).sum(dim=1).mean()),
-        "cost": float(costs.mean()),
-        "cost_ci95": [float(costs.mean()) - error, float(costs.mean()) + error],
+        "cost": float((weights * cost).sum(dim=1).mean()),
         "ess": float((1 / (weights**2).sum(dim=1)).mean()),
         "kl": math.log(cost.shape[1]) - float(entropy),
     }
@@ -298,23 +291,8 @@ def predict(reward, cost, lam, beta, log_ratio=None):
 # ---- What flows ----------------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
-    """Two responses of a row, by number, as people compared them: for help and for harm."""
-
-    chosen: int
-    rejected: int
-    worse: int  # the more harmful one
-    better: int
-    worse_sign: int  # +1 unsafe, −1 safe, 0 unknown
-    better_sign: int
-
-    def renumbered(self, new):
-        """The same pair where response i is new[i]."""
-        return Pair(*(new[i] for i in self[:4]), *self[4:])
-
-
 class Scores(NamedTuple):
-    """r, c and log π_ref of responses, in their order. There is no λ in them."""
+    """r, c and log π_ref of a row's responses, (k,) each. There is no λ in them."""
 
     reward: torch.Tensor
     cost: torch.Tensor
@@ -327,11 +305,30 @@ class Row:
 
     prompt: object  # text, or a list of {"role": …, "content": …}
     responses: list  # k texts
-    ended: list  # k: whether a response ended by itself, as a sample may not have
     ids: tuple  # (prompt_ids, [y0_ids, y1_ids, …]), the policy's tokens
-    pairs: list  # those that people compared, each as often as they did; none among samples
-    weight: float  # in the mean over a step, in pairs
-    scores: Scores | None = None  # (k,) each, once they are known
+    # What people compared, each pair as often as they did, (P, 6): which response is the chosen,
+    # rejected, more harmful, less harmful one; the signs of the latter two, 0 where unknown
+    pairs: torch.Tensor
+    scores: Scores | None = None  # once they are known
+
+    @property
+    def length(self):
+        """Its tokens."""
+        return len(self.ids[0]) + sum(map(len, self.ids[1]))
+
+    @property
+    def weight(self):
+        """Its weight in the mean over a step: its compared pairs, or m/2 for m samples."""
+        return len(self.pairs) or len(self.responses) / 2
+
+
+class Samples(NamedTuple):
+    """m responses of a policy π to each of n prompts."""
+
+    rows: list  # with scores; a prompt's samples are in several rows where one is too short
+    reward: torch.Tensor  # (n, m)
+    cost: torch.Tensor  # (n, m)
+    log_ratio: torch.Tensor  # log π/π_ref, (n, m)
 
 
 class Models(NamedTuple):
@@ -357,21 +354,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """m responses of a policy π to each of n prompts."""
-
-    rows: list  # with scores; a prompt's samples are in several rows where one is too short
-    scores: Scores  # (n, m) each
-    log_ratio: torch.Tensor  # log π/π_ref, (n, m)
-
-
-@dataclass(frozen=True)
 class Problem:
     """(6) and (7) in numbers."""
 
     models: Models
     rows: list  # to train on, with scores
-    dual: Scores | None  # (n, m), of samples of π_ref to λ's prompts, where they are needed
+    dual: Samples  # of π_ref, on λ's prompts
     cost_limit: float
 
 
@@ -394,21 +382,21 @@ def constrained_dpo(run, problem, lam):
 
     while len(loop.history) < cfg.iterations:
         iteration, lam, started = len(loop.history), loop.lam, time.perf_counter()
-        rows, steps = rows_of_iteration(cfg, problem.rows, loop)
+        steps = steps_of_iteration(cfg, problem.rows, loop)
 
         relabelled_loss = relabelled_dpo(cfg, lam, iteration)  # (12)
-        fit = train(cfg, policy, rows, steps, relabelled_loss)  # (13)
+        fit = train(cfg, policy, steps, relabelled_loss)  # (13)
 
         candidate = export(run, policy.model, run.out / "iterate")
         samples = measure(run, problem.models, candidate, prompts, count, iteration)
-        cost = estimate(samples.scores.cost, cfg.cost_confidence)  # Ĵ_c
+        cost = estimate(samples.cost, cfg.cost_confidence)  # Ĵ_c
 
         entry = {"iteration": iteration, "lambda": lam, "cost_bound": cost}
         entry |= numbers_of(run, samples) | fit | {"seconds": time.perf_counter() - started}
         keep_the_better(run, loop.history, entry, problem.cost_limit)
         loop.samples.append(samples)
         loop.lam = next_lambda(cfg, loop, problem.cost_limit)  # (14)
-        warn_of_scale(samples.scores, lam, cfg.beta, samples.log_ratio)
+        report(cfg, samples, lam)
         save_loop(run, policy, loop)
 
     remove(run.out / "training", run.out / "iterate")
@@ -427,16 +415,14 @@ def next_lambda(cfg, loop, cost_limit):
     gap times its share of the last gap. Errors are to be safe ones: feedback only raises λ, and λ
     goes down by half of the way.
     """
-    newest = loop.samples[-1].scores.cost
     if cfg.lambda_step == "fixed":
         return loop.lam
     if cfg.lambda_step == "gradient":
-        shift = loop.history[-1]["cost_bound"] - newest.mean()  # of the estimate over the mean
-        return lambda_step(loop.lam, newest + shift, cost_limit, cfg.lambda_lr)
+        bound = torch.tensor(loop.history[-1]["cost_bound"])
+        return lambda_step(loop.lam, bound, cost_limit, cfg.lambda_lr)
 
-    reward = torch.cat([samples.scores.reward for samples in loop.samples], dim=1)
-    cost = torch.cat([samples.scores.cost for samples in loop.samples], dim=1)
-    log_ratio = torch.cat([samples.log_ratio for samples in loop.samples], dim=1)
+    _, *numbers = zip(*loop.samples)
+    reward, cost, log_ratio = (torch.cat(values, dim=1) for values in numbers)
     gaps = []  # the cost of each policy above that of the π_λ that it was fitted to
     for entry in loop.history:
         fitted = predict(reward, cost, entry["lambda"], cfg.beta, log_ratio)["cost"]
@@ -460,106 +446,97 @@ def next_lambda(cfg, loop, cost_limit):
 
 def keep_the_better(run, history, entry, cost_limit):
     """Append the newest iterate to the history; keep its policy where it is the best so far."""
-    price = 2 * max(e["lambda"] for e in [*history, entry]) + 1  # above λ*: no violation pays
+    best = history[history[-1]["kept"]] if history else None
+    history.append(entry)
+    price = 1 + 2 * max(other["lambda"] for other in history)  # above λ*: no violation pays
 
     def merit(entry):  # objective (6) less an exact penalty
         objective = entry["reward_mean"] - run.cfg.beta * entry["kl"]
         return objective - price * max(0.0, entry["cost_bound"] - cost_limit)
 
     entry["kept"] = entry["iteration"]
-    if history and merit(entry) <= merit(history[history[-1]["kept"]]):
-        entry["kept"] = history[-1]["kept"]
+    if best and merit(entry) <= merit(best):
+        entry["kept"] = best["iteration"]
     else:
-        rename(run.out / "iterate", run.out / "policy")
-    history.append(entry)
+        with atomic(run.out / "policy") as folder:
+            if RANK == 0:
+                os.replace(run.out / "iterate", folder)
 
-    form = "iteration {iteration}: λ {lambda:.4f}, cost {cost_mean:+.3f} [{cost_ci95[0]:+.3f}, "
-    form += "{cost_ci95[1]:+.3f}], reward {reward_mean:+.3f}, KL {kl:.3f}"
-    say(form.format(**entry))
+    low, high = entry["cost_ci95"]
+    text = f"λ {entry['lambda']:.4f}, cost {entry['cost_mean']:+.3f} [{low:+.3f}, {high:+.3f}], "
+    text += f"reward {entry['reward_mean']:+.3f}, KL {entry['kl']:.3f}"
+    say(f"iteration {entry['iteration']}: {text}")
 
 
 def one_shot(run, problem, lam):
-    """λ is known: one iteration takes the steps of them all. → (policy, λ)."""
+    """λ is known: one iteration takes the steps of them all. → (policy, λ).
+
+    MoCAN (2405.19544) where λ minimises the dual (9) on samples of π_ref; DPO where it is 0.
+    """
     steps = run.cfg.iterations * run.cfg.dpo_steps
     cfg = replace(run.cfg, iterations=1, dpo_steps=steps, lambda_step="fixed")
     return constrained_dpo(replace(run, cfg=cfg), problem, lam)
 
 
-def mocan(run, problem):
-    """MoCAN (2405.19544): λ minimises the dual (9) on samples of π_ref; one fit. → (policy, λ)."""
-    return one_shot(run, problem, first_lambda(run.cfg, problem))
-
-
 def pecan_models(run, reference):
     """PeCAN (2405.19544): r and −c implicit in policies fitted to people's labels. → Models."""
-    ref_logps = infer(run.cfg, reference, "model", token_ids(run.train), "log π_ref")
-    rows = with_scores(run.train, Scores(ref_logps, ref_logps, ref_logps))  # only the last is read
-    helpful = labelled_dpo(run.cfg.beta, "chosen", "rejected")
-    safe = labelled_dpo(run.cfg.beta, "better", "worse")
+    ref_logps = infer(run.cfg, reference, "model", run.train, "log π_ref")
+    rows = [replace(row, scores=Scores(x, x, x)) for row, x in zip(run.train, ref_logps)]
 
-    reward = train_stage(run, "helpful", reference, rows, helpful, dpo=True)
-    cost = train_stage(run, "safe", reference, rows, safe, dpo=True)
-    return Models(reference, reward, cost, implicit=True)
+    def dpo_on(winner, loser):
+        def loss_fn(row, logps):
+            pairs = row.pairs[:, [winner, loser]]
+            return preference_loss(row, logps, pairs, torch.ones(len(pairs)), run.cfg.beta)
+
+        return loss_fn
+
+    helpful = train_stage(run, "helpful", reference, rows, dpo_on(0, 1), dpo=True)
+    safe = train_stage(run, "safe", reference, rows, dpo_on(3, 2), dpo=True)
+    return Models(reference, helpful, safe, implicit=True)
 
 
 def pose(run, models):
     """The problem that the models define. → Problem. Scores hold no λ: they are computed once."""
-    cfg, rows = run.cfg, run.train
-    scores = cached(run, "scores.pt", models, token_ids(rows), lambda: score(run, models, rows))
-    rows = with_scores(rows, scores)
-
-    def reference_scores():
-        reference, prompts = models.reference, run.lambda_prompts
-        return measure(run, models, reference, prompts, cfg.dual_samples, "dual").scores
-
-    dual, limit = None, cfg.cost_limit
-    given = cfg.method in ("dpo", "sft") or cfg.lambda_init is not None
-    if not given or cfg.margin is not None:
-        key = run.lambda_prompts, cfg.dual_samples
-        dual = cached(run, "reference_samples.pt", models, key, reference_scores)
-    if cfg.margin is not None:
-        limit = float(dual.cost.mean()) - cfg.margin
-    return Problem(models, rows, dual, limit)
+    where = models.reference, run.lambda_prompts, run.cfg.dual_samples, "dual"
+    rows = cached(run, "scores.pt", models, score, run.train)
+    dual = cached(run, "reference_samples.pt", models, measure, *where)
+    cost_limit = run.cfg.cost_limit
+    if run.cfg.margin is not None:
+        cost_limit = float(dual.cost.mean()) - run.cfg.margin
+    return Problem(models, rows, dual, cost_limit)
 
 
 def first_lambda(cfg, problem):
     """λ at the minimum of the dual (9) on samples of π_ref; says what some λ promise there."""
-    if cfg.lambda_init is not None:
-        return cfg.lambda_init
-    reward, cost, _ = problem.dual
-    with refusing("no first λ", "raise the limit, lower --beta, or draw more --dual_samples"):
-        lam = solve_dual(reward, cost, cfg.beta, problem.cost_limit)
-
-    for value in sorted({0.0, lam / 2, lam, 2 * lam, *cfg.lambdas}):
-        found = predict(reward, cost, value, cfg.beta)
-        low, high = found["cost_ci95"]
-        text = f"predicted cost {found['cost']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        text += f", reward {found['reward']:+.3f}, {found['ess']:.1f} effective samples"
-        say(f"dual, λ {value:.4f}: {text}")
-    warn_of_scale(problem.dual, lam, cfg.beta)
+    lam, dual = cfg.lambda_init, problem.dual
+    if lam is None:
+        with refusing("no first λ", "raise the limit, lower --beta, or draw more --dual_samples"):
+            lam = solve_dual(dual.reward, dual.cost, cfg.beta, problem.cost_limit)
+    for value in sorted({0.0, lam / 2, lam, 2 * lam}):
+        report(cfg, dual, value)
     return lam
 
 
-def warn_of_scale(scores, lam, beta, log_ratio=None):
-    """Say so where β and the scale of the scores do not fit, and numbers cannot be trusted.
+def report(cfg, samples, lam):
+    """Say what samples promise of π_λ, and where β and the scale of the scores do not fit.
 
-    Labels that are nearly certain make DPO chase single responses; and π_λ, e^kl times narrower
-    than the policy that was sampled, cannot be seen in m samples unless kl is below log m.
+    Labels that are nearly certain make DPO chase single responses; and π_λ, e^KL times narrower
+    than the policy that was sampled, cannot be seen in m samples unless that KL is below log m.
     """
-    reward, cost, _ = scores
-    r_lam, m = reward - lam * cost, cost.shape[1]
-    i, j = torch.combinations(torch.arange(m)).T
-    certain = float((torch.sigmoid((r_lam[:, i] - r_lam[:, j]).abs()) > 0.95).float().mean())
-    found, spread = predict(reward, cost, lam, beta, log_ratio), r_lam.std(dim=1).mean()
-    say(
-        f"λ {lam:.4f}: {found['ess']:.1f} effective samples of {m}, KL to π_λ {found['kl']:.2f} of "
-        f"{math.log(m):.2f} that they can show; {certain:.0%} of labels beyond 0.95; in a prompt "
-        f"reward ± {reward.std(dim=1).mean():.2f}, cost ± {cost.std(dim=1).mean():.2f}"
-    )
+    _, reward, cost, log_ratio = samples
+    found, m = predict(reward, cost, lam, cfg.beta, log_ratio), cost.shape[1]
+    pairs = torch.combinations(torch.arange(m))
+    prob = relabel(reward[:, pairs].flatten(0, 1), cost[:, pairs].flatten(0, 1), lam)
+    certain = float(((prob - 0.5).abs() > 0.45).float().mean())
+
+    text = f"  π_λ for λ {lam:.4f}: cost {found['cost']:+.3f}, reward {found['reward']:+.3f}, by "
+    text += f"{found['ess']:.1f} effective samples of {m}; KL {found['kl']:.2f} of the "
+    say(text + f"{math.log(m):.2f} that they can show; {certain:.0%} of labels beyond 0.95")
     if certain > 0.5:
-        say(f"warning: most labels are certain: divide scores and limit by {spread:.1g} or more")
+        scale = float((reward - lam * cost).std(dim=1).mean())
+        say(f"  warning: most labels are certain: divide scores and limit by {scale:.1g} or more")
     if found["ess"] < 2:
-        say(f"warning: predictions rest on single samples: raise --beta ({beta:g}), or draw more")
+        say("  warning: this rests on single samples: raise --beta, or draw more")
 
 
 # ---- The losses of the stages --------------------------------------------------------------------
@@ -567,34 +544,24 @@ def warn_of_scale(scores, lam, beta, log_ratio=None):
 # the row's pairs (nats) and the share of them that the model ranks as the labels do.
 
 
-def column(row, name):
-    """A field of a row's pairs, (P,)."""
-    return torch.tensor(row.pairs)[:, Pair._fields.index(name)]
-
-
-def sft_loss(rows):
+def sft_loss(row, logps):
     """Cross-entropy a token, on both responses of each pair: as often as people compared them."""
-    lengths = [len(row.ids[1][i]) for row in rows for i in pairs_of(row, False).flatten()]
-    mean_length = sum(lengths) / len(lengths)
-
-    def loss_fn(row, logps):
-        responses = pairs_of(row, all_pairs=False).flatten()
-        return -logps[responses].mean() / mean_length, torch.zeros(())
-
-    return loss_fn
+    compared = row.pairs[:, :2].flatten()
+    lengths = torch.tensor([len(response) for response in row.ids[1]])
+    return -logps[compared].sum() / lengths[compared].sum(), torch.zeros(())
 
 
 def reward_loss(row, rewards):
     """(3) on the pairs that people labelled for help."""
-    chosen, rejected = rewards[column(row, "chosen")], rewards[column(row, "rejected")]
+    chosen, rejected = rewards[row.pairs[:, :2]].T
     return bradley_terry_loss(chosen, rejected), (chosen > rejected).float().mean()
 
 
 def harm_loss(row, costs):
     """(5) on the pairs that people labelled for harm: a label belongs to its pair."""
-    worse, better = costs[column(row, "worse")], costs[column(row, "better")]
-    loss = cost_loss(worse, better, column(row, "worse_sign"), column(row, "better_sign"))
-    return loss, (worse > better).float().mean()
+    worse, better = costs[row.pairs[:, 2:4]].T
+    worse_sign, better_sign = row.pairs[:, 4:].T
+    return cost_loss(worse, better, worse_sign, better_sign), (worse > better).float().mean()
 
 
 def preference_loss(row, logps, pairs, prob, beta):
@@ -610,32 +577,22 @@ def relabelled_dpo(cfg, lam, key):
 
     def loss_fn(row, logps):
         pairs, (reward, cost, _) = pairs_of(row, cfg.all_pairs), row.scores
-        generator = None
-        if cfg.labels == "sample":
-            generator = seeded("labels", cfg.seed, key, row.ids)
+        generator = seeded("labels", cfg.seed, key, row.ids)
         prob = relabel(reward[pairs], cost[pairs], lam, cfg.labels, generator)  # (12)
         return preference_loss(row, logps, pairs, prob, cfg.beta)
 
     return loss_fn
 
 
-def labelled_dpo(beta, winner, loser):
-    """Plain DPO on people's labels: winner and loser are fields of a Pair."""
-
-    def loss_fn(row, logps):
-        pairs = torch.stack([column(row, winner), column(row, loser)], dim=1)
-        return preference_loss(row, logps, pairs, torch.ones(len(pairs)), beta)
-
-    return loss_fn
-
-
 def pairs_of(row, all_pairs):
     """Index pairs (P, 2) of responses for DPO: the dataset's, or all of different responses."""
-    if row.pairs and not all_pairs:
-        return torch.tensor(row.pairs)[:, :2]
-    ids = row.ids[1]
-    couples = itertools.combinations(range(len(ids)), 2)
-    return torch.tensor([(i, j) for i, j in couples if ids[i] != ids[j]]).view(-1, 2)
+    if len(row.pairs) and not all_pairs:
+        return row.pairs[:, :2]
+    ids, pairs = row.ids[1], []
+    for i, j in combinations(range(len(ids)), 2):
+        if ids[i] != ids[j]:
+            pairs.append((i, j))
+    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
 # ---- Rows and log-probabilities ------------------------------------------------------------------
@@ -661,35 +618,30 @@ def collate_rows(rows, pad_id=0):
     for b, (prompt, responses) in enumerate(rows):
         if not prompt:
             raise ValueError("collate_rows: an empty prompt has no token to predict from")
-        start = b * width
-        prompt_end = start + len(prompt) - 1
-        ids, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        n, end = len(prompt), len(prompt)
+        input_ids[b, :n] = torch.tensor(prompt)
+        position_ids[b, :n] = torch.arange(n)
+        segment[b, :n] = 0
 
-        for i, response in enumerate(responses, 1):
-            first = start + len(ids)
-            before = [prompt_end, *range(first, first + len(response) - 1)]
-            source += before[: len(response)]
-            target += response
-            owner += [len(last)] * len(response)
-            last.append(first + len(response) - 1 if response else prompt_end)
-            ids += response
-            positions += range(len(prompt), len(prompt) + len(response))
-            segments += [i] * len(response)
-
-        input_ids[b, : len(ids)] = torch.tensor(ids)
-        position_ids[b, : len(ids)] = torch.tensor(positions)
-        segment[b, : len(ids)] = torch.tensor(segments)
+        for number, y in enumerate(responses, 1):
+            begin, end = end, end + len(y)
+            input_ids[b, begin:end] = torch.tensor(y)
+            position_ids[b, begin:end] = torch.arange(n, n + len(y))
+            segment[b, begin:end] = number
+            # The first token is predicted from the prompt's end, each other from the one before
+            before = [n - 1, *range(begin, end)]
+            source += [b * width + i for i in before[: len(y)]]
+            target += y
+            owner += [len(last)] * len(y)
+            last.append(b * width + before[len(y)])
 
     column = torch.arange(width)
     same = segment[:, :, None] == segment[:, None, :]  # padding sees padding: no row without a key
     seen = (same | (segment == 0)[:, None, :]) & (column[:, None] >= column)
-    indices = {"source": source, "target": target, "owner": owner, "last": last}
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "attention_mask": seen[:, None],
-        **{name: torch.tensor(values, dtype=torch.long) for name, values in indices.items()},
-    }
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": seen[:, None]}
+    for name, values in zip(("source", "target", "owner", "last"), (source, target, owner, last)):
+        batch[name] = torch.tensor(values, dtype=torch.long)
+    return batch
 
 
 def sequence_logps(model, batch):
@@ -731,41 +683,6 @@ def response_scores(model, batch):
     return model.score(hidden[batch["last"]])
 
 
-def pack(row, row_length):
-    """Split a row so that none has more than row_length tokens; a compared pair stays together."""
-    (head, ids), k = row.ids, len(row.responses)
-    units = [{pair.chosen, pair.rejected} for pair in row.pairs] or [{i} for i in range(k)]
-    parts = []  # (numbers of responses, pairs)
-    for number, unit in enumerate(units):
-        if parts:
-            length = len(head) + sum(len(ids[i]) for i in parts[-1][0] | unit)
-        if not parts or length > row_length:
-            parts.append((set(), []))
-        parts[-1][0].update(unit)
-        parts[-1][1].extend(row.pairs[number : number + 1])
-
-    rows = []
-    for members, pairs in parts:
-        old = sorted(members)
-        new = {i: number for number, i in enumerate(old)}
-        pairs = [pair.renumbered(new) for pair in pairs]
-        kept = (head, [ids[i] for i in old])
-        responses, ended = [row.responses[i] for i in old], [row.ended[i] for i in old]
-        weight = len(pairs) or len(old) / 2
-        rows.append(Row(row.prompt, responses, ended, kept, pairs, weight))
-    return rows
-
-
-def token_ids(rows):
-    """The tokens of rows, as collate_rows takes them."""
-    return [row.ids for row in rows]
-
-
-def tokens_of(rows):
-    """The number of tokens of each of rows of (prompt_ids, [y0_ids, y1_ids, …])."""
-    return [len(prompt) + sum(map(len, responses)) for prompt, responses in rows]
-
-
 # ---- Training, sampling, measuring ---------------------------------------------------------------
 
 
@@ -777,31 +694,31 @@ class Trainee:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     total_steps: int
-    is_dpo: bool
     done: int = 0
 
 
-def train(cfg, trainee, rows, steps, loss_fn):
+def train(cfg, trainee, steps, loss_fn):
     """The one training loop. → numbers for metrics.jsonl.
 
-    steps: the numbers of each step's rows; loss_fn(row, outputs) → (loss, accuracy) of a row. Rows
-    count by their weights: the gradient is the step's mean, however it is cut into micro-batches.
+    steps: the rows of each step; loss_fn(row, outputs) → (loss, accuracy) of a row. Rows count by
+    their weights: the gradient is the step's mean, however it is cut into micro-batches.
     """
     model, optimizer, started = trainee.model, trainee.optimizer, time.perf_counter()
-    history, pairs, tokens = [], 0, 0
-    for numbers in tqdm(steps, trainee.name, **BAR):
+    history = []  # loss, accuracy, pairs, tokens of each step
+    for step in tqdm(steps, trainee.name, **BAR):
         warm, fall = (trainee.done + 1) / 10, 2 - 2 * trainee.done / trainee.total_steps
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * min(1.0, warm, fall)
 
-        step, sums = [rows[i] for i in numbers], torch.zeros(2)
-        total = sum(row.weight for row in step)
-        for group in micro_batches(token_ids(step), cfg.tokens_per_batch, WORLD)[RANK::WORLD]:
-            batch = [step[i] for i in group or [0]]
-            outputs = split_by_row(batch, model(collate_rows(token_ids(batch))).cpu())
-            losses = [torch.stack(loss_fn(row, output)) for row, output in zip(batch, outputs)]
-            # Where only other ranks have work, a pass must run all the same, for nothing
-            whole = total if group else math.inf
-            mean = torch.tensor([row.weight / whole for row in batch]) @ torch.stack(losses)
+        groups = micro_batches(step, cfg.tokens_per_batch)
+        groups += [[]] * (-len(groups) % WORLD)  # a pass of one rank needs one of each other
+        total, sums = sum(row.weight for row in step), torch.zeros(2)
+        for group in groups[RANK::WORLD]:
+            batch = [step[i] for i in group] or step[:1]
+            outputs = model(collate_rows([row.ids for row in batch])).cpu()
+            mean = torch.zeros(2)
+            for row, output in zip(batch, outputs.split([len(row.responses) for row in batch])):
+                mean = mean + torch.stack(loss_fn(row, output)) * row.weight / total
+            mean = mean * len(group) / len(batch)  # nothing, where only other ranks have work
             (mean[0] * WORLD).backward()  # FSDP2 averages over the ranks
             sums += mean.detach()
 
@@ -810,35 +727,29 @@ def train(cfg, trainee, rows, steps, loss_fn):
         if not math.isfinite(loss + float(norm)):
             what = f"{trainee.name}: the loss or its gradient is not finite at step {trainee.done}"
             refuse(f"{what}; lower the learning rate, or mend the data", code=1)
-        # At first policy and reference agree but for rounding: of T logits of ±10, 10·eps·√T
-        rounding = 10 * torch.finfo(getattr(torch, cfg.dtype)).eps * math.sqrt(cfg.max_length)
-        off = abs(loss - math.log(2)) > 1e-4 + cfg.beta * rounding
-        if trainee.is_dpo and trainee.done == 0 and off:
-            say(f"warning: the first DPO loss is {loss:.5f}, not ln 2: policy and reference differ")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         trainee.done += 1
-        history.append((loss, accuracy))
-        pairs += sum(len(row.pairs) for row in step)
-        tokens += sum(tokens_of(token_ids(step)))
+        pairs, tokens = sum(len(row.pairs) for row in step), sum(row.length for row in step)
+        history.append([loss, accuracy, pairs, tokens])
 
     seconds = time.perf_counter() - started
-    loss, accuracy = torch.tensor(history).mean(dim=0).tolist()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if GPU:
-        peak = torch.cuda.max_memory_allocated() / 1e9
+        peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-
-    speed = f"{pairs / seconds:,.1f} pairs/s, {tokens / seconds:,.0f} tokens/s, peak {peak:.2f} GB"
-    say(f"{trainee.name}: {len(steps)} steps, loss {loss:.4f}, {speed}")
+    loss, accuracy, pairs, tokens = torch.tensor(history, dtype=torch.double).mean(dim=0).tolist()
+    rates = [number * len(steps) / seconds for number in (pairs, tokens)]
+    speed = f"{rates[0]:,.1f} pairs/s, {rates[1]:,.0f} tokens/s, peak {peak / 1e9:.2f} GB"
+    say(f"{trainee.name}: {len(steps)} steps, loss {history[0][0]:.4f} … {loss:.4f}, {speed}")
     return {
         "dpo_loss": loss,
         "dpo_accuracy": accuracy,
         "first_loss": history[0][0],
-        "pairs_per_second": pairs / seconds,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_gb": peak,
+        "pairs_per_second": rates[0],
+        "tokens_per_second": rates[1],
+        "peak_memory_gb": peak / 1e9,
     }
 
 
@@ -848,89 +759,42 @@ def train_stage(run, name, source, rows, loss_fn, new_head=False, dpo=False):
     if path.exists():
         say(f"{name}: found in {path}")
         return path
-
-    steps = math.ceil(len(rows) / cfg.batch_size)  # score models overfit in a second pass
+    count = math.ceil(len(rows) / cfg.batch_size)  # score models overfit in a second pass
     if dpo:
-        steps = cfg.iterations * cfg.dpo_steps
-    steps = min(steps, cfg.max_steps or steps)
-
-    trainee = training_model(cfg, name, source, steps, new_head, dpo)
-    order = passes(len(rows), steps * cfg.batch_size, cfg.seed, name)
-    train(cfg, trainee, rows, chunks(order, cfg.batch_size), loss_fn)
+        count = cfg.iterations * cfg.dpo_steps
+    count = min(count, cfg.max_steps or count)
+    trainee = training_model(cfg, name, source, count, new_head, dpo)
+    train(cfg, trainee, passes(rows, count, cfg.batch_size, cfg.seed, name), loss_fn)
     return export(run, trainee.model, path)
 
 
-def passes(n, count, *key):
-    """`count` numbers of passes over n rows, each pass in an order of its own."""
-    sampler = torch.utils.data.RandomSampler
-    return list(sampler(range(n), num_samples=count, generator=seeded("order", *key)))
+def passes(rows, count, size, *key):
+    """`count` steps of `size` rows: passes over all rows, each in an order of its own."""
+    sampler, generator = torch.utils.data.RandomSampler, seeded("order", *key)
+    order = list(sampler(rows, num_samples=count * size, generator=generator))
+    return [[rows[i] for i in order[k : k + size]] for k in range(0, count * size, size)]
 
 
-def rows_of_iteration(cfg, rows, loop):
-    """Rows of an iteration, the newest samples among them; numbers of each step's rows."""
-    slots, n = min(cfg.dpo_steps, cfg.max_steps or cfg.dpo_steps) * cfg.batch_size, len(rows)
-    iteration, fresh = len(loop.history), []
-
-    # The prompts that set λ must not crowd out the data: they weigh m/2 pairs, and enter once
+def steps_of_iteration(cfg, rows, loop):
+    """The rows of each DPO step of an iteration, the newest samples among them."""
+    count = min(cfg.dpo_steps, cfg.max_steps or cfg.dpo_steps)
+    steps = passes(rows, count * cfg.iterations, cfg.batch_size, cfg.seed, "policy")
+    steps = steps[len(loop.history) * count :][:count]
     if cfg.recycle and loop.samples:
-        fresh = [row for row in loop.samples[-1].rows if len(pairs_of(row, True))][: slots // 2]
-
-    order = passes(n, slots * cfg.iterations, cfg.seed, "policy")[iteration * slots :]
-    numbers = order[: slots - len(fresh)] + list(range(n, n + len(fresh)))
-    mixed = [numbers[i] for i in passes(slots, slots, cfg.seed, "mix", iteration)]
-    return rows + fresh, chunks(mixed, cfg.batch_size)
+        fresh = [row for row in loop.samples[-1].rows if len(pairs_of(row, True))]
+        for number, row in enumerate(fresh):  # once each: they must not crowd out the data
+            steps[number % count].append(row)
+    return steps
 
 
-def micro_batches(rows, budget, ranks=1):
+def micro_batches(rows, budget):
     """Numbers of rows in groups of similar length, `budget` tokens each with their padding."""
-    lengths, groups = tokens_of(rows), [[]]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+    groups = [[]]
+    for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
+        if groups[-1] and (len(groups[-1]) + 1) * rows[groups[-1][0]].length > budget:
             groups.append([])
         groups[-1].append(i)
-    return groups + [[]] * (-len(groups) % ranks)
-
-
-@torch.inference_mode()
-def sample_batch(model, prompts, count, end, max_new_tokens, generator):
-    """`count` responses from π itself to each of prompts' ids, whatever generate() would obey."""
-    width = max(map(len, prompts))  # all end in the same column, padding is on the left
-    ids = [[end] * (width - len(prompt)) + prompt for prompt in prompts]
-    ids, cache = torch.tensor(ids, device=DEVICE), transformers.DynamicCache()
-    padding = torch.tensor([[width - len(prompt)] for prompt in prompts], device=DEVICE)
-    # A random number for every token that may come: none depends on when other rows end
-    shape = len(prompts) * count, max_new_tokens
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).to(DEVICE)
-    responses = torch.full(shape, -1, device=DEVICE)
-    held = torch.arange(len(responses), device=DEVICE)  # the rows in the cache
-
-    for step in range(max_new_tokens):
-        column = torch.arange(width + step, device=DEVICE)
-        seen, positions = column >= padding, (column - padding).clamp(min=0)[:, -ids.shape[1] :]
-        inputs = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache}
-        logits = model(ids, **inputs, logits_to_keep=1).logits[:, -1]
-        cumulative = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-        if step == 0:  # a prompt is read once for all of its responses
-            cache.batch_repeat_interleave(count)
-            cumulative = cumulative.repeat_interleave(count, dim=0)
-            padding = padding.repeat_interleave(count, dim=0)
-
-        target = uniform[held, step, None] * cumulative[:, -1:]  # the sum is 1 but for rounding
-        ids = torch.searchsorted(cumulative, target, right=True)
-        responses[held, step] = ids[:, 0]
-        running = (responses[held] != end).all(dim=1)
-        left = int(running.sum())
-        if left == 0:
-            break
-        if 2 * left <= len(held):  # a drop copies the cache, so it waits for half of them
-            held, ids, padding = held[running], ids[running], padding[running]
-            cache.batch_select_indices(running)
-
-    answers = []
-    for row in responses.tolist():
-        ended = end in row
-        answers.append((row[: row.index(end) + 1] if ended else row, ended))
-    return chunks(answers, count)
+    return groups
 
 
 def shared_out(groups, title, compute):
@@ -943,110 +807,146 @@ def shared_out(groups, title, compute):
     return [results[i] for i in range(len(results))]
 
 
-def split_by_row(rows, values):
-    """Values of all responses of rows, (N,), as one tensor (k,) for each row."""
-    return values.split([len(row.responses) for row in rows])
-
-
-@torch.inference_mode()
-def sample(run, source, prompts, count, key):
-    """`count` responses from π itself to each of prompts' ids. → [[(ids, ended)]]"""
-    cfg, model, end = run.cfg, inference_model(source, run.cfg), answer_frame(run.tokenizer)[2]
-    longest = [(prompt, [[end] * cfg.max_new_tokens]) for prompt in prompts]
-
-    def draw(group, number):
-        generator = seeded("sample", cfg.seed, key, number)
-        heads = [prompts[i] for i in group]
-        return sample_batch(model, heads, count, end, cfg.max_new_tokens, generator)
-
-    groups = micro_batches(longest, cfg.sample_tokens // count)
-    return shared_out(groups, f"sampling {Path(source).name}", draw)
-
-
 @torch.inference_mode()
 def infer(cfg, source, flag, rows, title):
-    """log π (flag "model") or scores (else) of the responses of rows of token ids. → (N,)"""
-    model = inference_model(source, cfg, flag)
+    """log π (flag "model") or scores (else) of the responses of rows. → [(k,), …], a row each"""
+    model = load_model(source, flag, cfg.dtype).to(DEVICE)
     function = sequence_logps if flag == "model" else response_scores
 
     def compute(group, _):
         batch = [rows[i] for i in group]
-        outputs = function(model, collate_rows(batch)).float().cpu()
-        return outputs.split([len(responses) for _, responses in batch])
+        outputs = function(model, collate_rows([row.ids for row in batch])).float().cpu()
+        return outputs.split([len(row.responses) for row in batch])
 
-    values = torch.cat(shared_out(micro_batches(rows, cfg.tokens_per_batch), title, compute))
-    if not torch.isfinite(values).all():
+    values = shared_out(micro_batches(rows, cfg.tokens_per_batch), title, compute)
+    if not torch.isfinite(torch.cat(values)).all():
         refuse(f"--{flag} {source}: {title} is not finite for a response; is the model sound?")
     return values
 
 
 def score(run, models, rows):
-    """r, c and log π_ref of the responses of rows. PeCAN's r and c are implicit in policies."""
-    cfg, ids = run.cfg, token_ids(rows)
-    ref_logps = infer(cfg, models.reference, "model", ids, "log π_ref")
+    """Rows with r, c and log π_ref of their responses. PeCAN's r and c are implicit in policies."""
+    ref_logps = infer(run.cfg, models.reference, "model", rows, "log π_ref")
     if models.implicit:
-        helpful = infer(cfg, models.reward, "model", ids, "log π, helpful")
-        safe = infer(cfg, models.cost, "model", ids, "log π, safe")
-        reward = implicit_reward(helpful, ref_logps, cfg.beta)
-        return Scores(reward, -implicit_reward(safe, ref_logps, cfg.beta), ref_logps)
-    reward = score_texts(cfg, "reward_model", models.reward, rows)
-    return Scores(reward, score_texts(cfg, "cost_model", models.cost, rows), ref_logps)
+        reward = infer(run.cfg, models.reward, "model", rows, "log π, helpful")
+        cost = infer(run.cfg, models.cost, "model", rows, "log π, safe")
+    else:
+        reward = score_texts(run, "reward_model", models.reward, rows)
+        cost = score_texts(run, "cost_model", models.cost, rows)
+
+    scored = []
+    for row, r, c, ref in zip(rows, reward, cost, ref_logps):
+        if models.implicit:
+            r, c = (implicit_reward(logps, ref, run.cfg.beta) for logps in (r, c))
+            c = -c
+        scored.append(replace(row, scores=Scores(r, c, ref)))
+    return scored
 
 
-def score_texts(cfg, flag, source, rows):
-    """Scores of the responses of rows by a score model, in its own tokens and template. → (N,)"""
+def score_texts(run, flag, source, rows):
+    """Scores of the responses of rows by a score model, in its own tokens and template."""
     with refusing(f"--{flag} {source}: cannot be loaded"):
         tokenizer = load_tokenizer(source)
-    prompts, texts, ended = zip(*[(row.prompt, row.responses, row.ended) for row in rows])
-    length = cfg.max_length + cfg.max_new_tokens
-    ids, _ = encode(tokenizer, prompts, texts, ended, length, whole=True)
-    return infer(cfg, source, flag, ids, f"scoring by {flag}")
+    examples, end = [], [answer_frame(run.tokenizer)[2]]
+    for row in rows:
+        examples.append((row.prompt, row.responses, [y[-1:] == end for y in row.ids[1]]))
+    ids, _ = encode(tokenizer, examples, run.cfg.max_length + run.cfg.max_new_tokens, whole=True)
+    rows = [replace(row, ids=own) for row, own in zip(rows, ids)]
+    return infer(run.cfg, source, flag, rows, f"scoring by {flag}")
 
 
-def with_scores(rows, scores):
-    """Rows with their parts of the scores of all their responses, (N,) each."""
-    parts = zip(*(split_by_row(rows, values) for values in scores))
-    return [replace(row, scores=Scores(*part)) for row, part in zip(rows, parts)]
+@torch.inference_mode()
+def sample_batch(model, prompts, count, end, max_new_tokens, generator):
+    """`count` responses from π itself to each of prompts' ids. → [[ids, …], …]
+
+    Not by generate(), which obeys what a checkpoint asks for (top_k, a penalty) and runs all rows
+    until the last one ends.
+    """
+    width = max(map(len, prompts))  # all end in the same column, padding is on the left
+    ids = [[end] * (width - len(prompt)) + prompt for prompt in prompts]
+    padding = torch.tensor([[width - len(prompt)] for prompt in prompts], device=DEVICE)
+    ids, cache = torch.tensor(ids, device=DEVICE), transformers.DynamicCache()
+
+    # A random number for every token that may come: none depends on when other rows end
+    shape = len(prompts) * count, max_new_tokens
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    responses = torch.full(shape, end, device=DEVICE)
+    held = torch.arange(len(responses), device=DEVICE)  # the rows in the cache
+
+    for step in range(max_new_tokens):
+        column = torch.arange(width + step, device=DEVICE)
+        inputs = {"attention_mask": column >= padding, "past_key_values": cache}
+        inputs["position_ids"] = (column - padding).clamp(min=0)[:, -ids.shape[1] :]
+        logits = model(ids, **inputs, logits_to_keep=1).logits[:, -1]
+        if step == 0:  # a prompt is read once for all of its responses
+            cache.batch_repeat_interleave(count)
+            logits = logits.repeat_interleave(count, dim=0)
+            padding = padding.repeat_interleave(count, dim=0)
+
+        cumulative = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        target = uniform[held, step, None] * cumulative[:, -1:]  # the sum is 1 but for rounding
+        ids = torch.searchsorted(cumulative, target, right=True)
+        responses[held, step] = ids[:, 0]
+        running = (responses[held, : step + 1] != end).all(dim=1)
+        left = int(running.sum())
+        if left == 0:
+            break
+        if 2 * left <= len(held):  # dropping rows copies the cache, so it waits for half of them
+            held, ids, padding = held[running], ids[running], padding[running]
+            cache.batch_select_indices(running)
+
+    answers = []
+    for answer in responses.tolist():
+        length = answer.index(end) + 1 if end in answer else max_new_tokens
+        answers.append(answer[:length])
+    return [answers[i : i + count] for i in range(0, len(answers), count)]
 
 
 def measure(run, models, source, prompts, count, key):
     """`count` responses of a policy to each prompt, scored. → Samples. key: of the random draws."""
-    cfg, rows = run.cfg, []
-    if cfg.max_steps:
-        prompts = prompts[: max(2, cfg.max_steps * cfg.batch_size)]
-    heads = [head for head, _ in encode(run.tokenizer, prompts, [[]] * len(prompts))[0]]
-    for prompt, head, drawn in zip(prompts, heads, sample(run, source, heads, count, key)):
-        ids, ended = map(list, zip(*drawn))
-        known = [
-            [i for i in y if i < len(run.tokenizer)] for y in ids
-        ]  # a vocabulary may be padded
-        texts = run.tokenizer.batch_decode(known, skip_special_tokens=True)
-        rows += pack(Row(prompt, texts, ended, (head, ids), [], 0.0), cfg.row_length)
+    cfg, tokenizer, end = run.cfg, run.tokenizer, answer_frame(run.tokenizer)[2]
+    model, drafts = load_model(source, "model", cfg.dtype).to(DEVICE), []
+    for head, _ in encode(tokenizer, [(prompt, [], []) for prompt in prompts])[0]:
+        drafts.append(Row("", [], (head, [[end] * cfg.max_new_tokens]), []))  # as long as it gets
 
-    scores = score(run, models, rows)
-    logps = scores.ref_logps
+    def draw(group, number):
+        heads, generator = [drafts[i].ids[0] for i in group], seeded(cfg.seed, key, number)
+        return sample_batch(model, heads, count, end, cfg.max_new_tokens, generator)
+
+    groups, rows = micro_batches(drafts, cfg.sample_tokens // count), []
+    drawn = shared_out(groups, f"sampling {Path(source).name}", draw)
+    for prompt, draft, answers in zip(prompts, drafts, drawn):
+        fit = max(1, (cfg.row_length - len(draft.ids[0])) // cfg.max_new_tokens)
+        for ids in (answers[i : i + fit] for i in range(0, count, fit)):
+            texts = []
+            for answer in ids:  # a model's vocabulary may be larger than the tokenizer's
+                known = [token for token in answer if token < len(tokenizer)]
+                texts.append(tokenizer.decode(known, skip_special_tokens=True))
+            rows.append(Row(prompt, texts, (draft.ids[0], ids), []))
+
+    rows = score(run, models, rows)
+    reward, cost, ref_logps = map(torch.cat, zip(*(row.scores for row in rows)))
+    logps = ref_logps
     if str(source) != str(models.reference):
-        logps = infer(cfg, source, "model", token_ids(rows), "log π of samples")
-    by_prompt = Scores(*(values.view(-1, count) for values in scores))
-    log_ratio = (logps - scores.ref_logps).view(-1, count)
-    return Samples(with_scores(rows, scores), by_prompt, log_ratio)
+        logps = torch.cat(infer(cfg, source, "model", rows, "log π of samples"))
+    tables = (values.view(-1, count) for values in (reward, cost, logps - ref_logps))
+    return Samples(rows, *tables)
 
 
 def numbers_of(run, samples):
     """What metrics.jsonl and results.json say of samples."""
-    reward, cost, _ = samples.scores
+    _, reward, cost, log_ratio = samples
+    numbers = {"safe_rate": float((cost <= 0).float().mean()), "kl": float(log_ratio.mean())}
+
     lengths, truth = [], []
     for row in samples.rows:
-        for text, ids in zip(row.responses, row.ids[1]):
-            lengths.append(float(len(ids)))
-            if run.cfg.dataset.startswith("tiny"):
-                truth.append(tiny_truth(row.prompt, text))
-
-    values = {"reward": reward, "cost": cost, "length": torch.tensor(lengths).view_as(cost)}
+        lengths += map(len, row.ids[1])
+        if run.cfg.dataset.startswith("tiny"):
+            truth += [tiny_truth(row.prompt, text) for text in row.responses]
+    values = {"reward": reward, "cost": cost, "length": torch.tensor(lengths).view_as(cost).float()}
     if truth:
         values["true_reward"], values["true_cost"] = torch.tensor(truth).T.reshape(2, *cost.shape)
-    numbers = {"safe_rate": float((cost <= 0).float().mean())}
-    numbers["kl"] = float(samples.log_ratio.mean())
+
     for name, value in values.items():
         numbers |= {f"{name}_mean": float(value.mean()), f"{name}_std": float(value.std())}
         numbers[f"{name}_ci95"] = ci95(value)
@@ -1055,42 +955,37 @@ def numbers_of(run, samples):
 
 def evaluate(run, problem, models, policies):
     """Measure policies {name: (folder, λ)} on the table's prompts; write and print the table."""
-    rows, lines, sft = [], [], None
+    prompts, rows, lines = run.table_prompts, [], []
     for name, (path, lam) in policies.items():
-        samples = measure(run, models, path, run.table_prompts, run.cfg.eval_samples, "eval")
-        sft = sft or samples.scores  # the first, which the others are held against
+        samples = measure(run, models, path, prompts, run.cfg.eval_samples, "eval")
         row = {"name": name, "lambda": lam} | numbers_of(run, samples)
-        for key, better in (("reward", 1), ("cost", -1)):  # of all couples; a tie is half
-            values, others = getattr(samples.scores, key), getattr(sft, key)
-            difference = better * (values[:, :, None] - others[:, None, :])
+        if not rows:
+            sft = samples  # the first, which the others are held against
+        for key, sign in (("reward", 1), ("cost", -1)):  # of all couples; a tie is half
+            values, others = getattr(samples, key), getattr(sft, key)
+            difference = sign * (values[:, :, None] - others[:, None, :])
             wins = (0.5 + 0.5 * difference.sign()).flatten(1)
             row |= {f"{key}_win_rate": float(wins.mean()), f"{key}_win_rate_ci95": ci95(wins)}
-
-        if problem.dual and lam is not None:  # what was promised before any training
+        if lam is not None:  # what was promised before any training
             found = predict(problem.dual.reward, problem.dual.cost, lam, run.cfg.beta)
             row |= {f"predicted_{key}": value for key, value in found.items()}
         rows.append(row)
 
         for part in samples.rows:
-            reward, cost, _ = part.scores
-            for text, r, c in zip(part.responses, reward.tolist(), cost.tolist()):
+            for text, r, c in zip(part.responses, part.scores.reward, part.scores.cost):
                 line = {"policy": name, "prompt": part.prompt, "response": text}
-                lines.append(line | {"reward": r, "cost": c})
+                lines.append(line | {"reward": float(r), "cost": float(c)})
     write(run.out / "results.json", rows)
     write(run.out / "samples.jsonl", lines)
-    say(f"\nE[cost] ≤ {problem.cost_limit:.4g}\n\n{table(rows)}")
 
-
-def table(rows):
-    """The main columns of results.json as Markdown; what a row does not have is left blank."""
     names = "name lambda reward_mean reward_ci95 cost_mean cost_ci95 safe_rate reward_win_rate "
     names += "cost_win_rate kl length_mean true_reward_mean true_cost_mean predicted_cost"
-    names = [name for name in names.split() if any(name in row for row in rows)]
+    names = [name for name in names.split() if name in rows[-1] | rows[0]]
     text = f"| {' | '.join(names)} |\n|{' --- |' * len(names)}\n".replace("_mean", "")
     for row in json.loads(json.dumps(rows), parse_float=lambda number: f"{float(number):.3f}"):
-        cells = [row.get(name) for name in names]
-        text += "".join(f"| {cell} " for cell in cells) + "|\n"
-    return text.replace("'", "").replace("None", "")
+        cells = [str(row.get(name)) for name in names]
+        text += f"| {' | '.join(cells)} |\n".replace("'", "").replace("None", "")
+    say(f"\nE[cost] ≤ {problem.cost_limit:.4g}\n\n{text}")
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -1116,20 +1011,18 @@ class ScoreModel(transformers.PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, path, config=None, new_head=False):
+    def from_pretrained(cls, path, config=None, dtype="auto", new_head=False):
         """Load a score checkpoint or, for new_head, a language model with a new score head.
 
         ValueError where there is no score head, or one of several labels.
         """
         config = config or AutoConfig.from_pretrained(path)
         names = {r"^score\.": "score_head.", r"^(transformer|gpt_neox)\.": "model."}
-        options = {"dtype": "auto", "key_mapping": names, "output_loading_info": True}
+        options = {"dtype": dtype, "key_mapping": names, "output_loading_info": True}
         options["ignore_mismatched_sizes"] = True  # to name them
         model, info = super().from_pretrained(path, config=config, **options)
-        for name, found, wanted in info["mismatched_keys"]:
-            raise ValueError(
-                f"{name} is {tuple(found)}, not {tuple(wanted)}: a score has one label"
-            )
+        for name, found, _ in info["mismatched_keys"]:
+            raise ValueError(f"{name} is {tuple(found)}: a score has one label")
 
         values = {"score_head.bias": 0.0, "normalizer.mean": 0.0, "normalizer.var": 1.0}
         if getattr(config, "do_normalize", False):  # they stand in tensors or in the config
@@ -1172,26 +1065,18 @@ def load_config(source, flag="model"):
     return config
 
 
-def load_model(source, flag="model", config=None, new_head=False):
-    """A causal LM or, for new_head and other flags, a ScoreModel: on CPU, in its dtype."""
+def load_model(source, flag="model", dtype="auto", config=None, new_head=False):
+    """A causal LM or, for new_head and other flags, a ScoreModel: on CPU, for inference."""
     config = config or load_config(source, flag)
     kind = f"{getattr(config, 'score_type', None)}_model"
     if {kind, flag} == {"reward_model", "cost_model"}:
         refuse(f"--{flag} {source}: its config calls it a {kind}; are the two exchanged?")
     with refusing(f"--{flag} {source}: cannot be loaded"):
         if new_head or flag in ("reward_model", "cost_model"):
-            return ScoreModel.from_pretrained(source, config, new_head)
+            return ScoreModel.from_pretrained(source, config, dtype, new_head)
         if str(source).startswith("{"):
-            return AutoModelForCausalLM.from_config(config)
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto", config=config)
-
-
-def inference_model(source, cfg, flag="model"):
-    """A model to score with or sample from: whole in every process, in the dtype of compute."""
-    model = load_model(source, flag).eval().requires_grad_(False)
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32
-        parameter.data = parameter.data.to(DEVICE, getattr(torch, cfg.dtype))
-    return model.to(DEVICE)
+            return AutoModelForCausalLM.from_config(config).eval()
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, config=config)
 
 
 def training_model(cfg, name, source, steps, new_head=False, dpo=False):
@@ -1200,11 +1085,9 @@ def training_model(cfg, name, source, steps, new_head=False, dpo=False):
     if GPU:
         torch.cuda.empty_cache()  # what one stream has freed another cannot use
     torch.manual_seed(cfg.seed)  # of a new head, or of a model from scratch
-
-    model = load_model(source, new_head=new_head)
+    model = load_model(source, new_head=new_head).train()
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train().requires_grad_(True)
     outputs = response_scores if new_head else sequence_logps
     # Under FSDP2 parameters are whole only inside the root's forward, whose output may be no view
     model.forward = lambda batch: outputs(model, batch).clone()
@@ -1221,24 +1104,21 @@ def training_model(cfg, name, source, steps, new_head=False, dpo=False):
 
     rate = cfg.learning_rate if dpo else cfg.sft_learning_rate
     options = {"lr": rate, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-    return Trainee(name, model, torch.optim.AdamW(model.parameters(), **options), steps, dpo)
+    return Trainee(name, model, torch.optim.AdamW(model.parameters(), **options), steps)
 
 
 def check_decoder(rows, source, flag):
     """Try the longest row both ways: some decoders get it silently wrong, or scale logits."""
-    # The first layers, one of each kind; in float32, where a right score differs by 1e-4
+    # The first layers, each kind among them; in float32, where a right score differs by 1e-4
     config = load_config(source, flag)
-    kinds = getattr(config, "layer_types", None) or [""]
-    layers = max(2, 1 + max(map(kinds.index, kinds)))
-    config.num_hidden_layers = min(layers, config.num_hidden_layers)
-    if kinds[0]:
-        config.layer_types = kinds[: config.num_hidden_layers]
-    model = load_model(source, flag, config).float().to(DEVICE).eval()
+    config.num_hidden_layers = min(8, config.num_hidden_layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    model = load_model(source, flag, "float32", config).to(DEVICE)
 
-    prompt, responses = rows[torch.tensor(tokens_of(rows)).argmax()]
+    prompt, responses = max(rows, key=lambda row: row.length).ids
     last, batch = responses[-1], collate_rows([(prompt, responses)])
     whole = torch.tensor([prompt + last], device=DEVICE)
-
     torch.set_float32_matmul_precision("highest")
     with torch.inference_mode():
         if isinstance(model, ScoreModel):
@@ -1289,34 +1169,33 @@ def load_tokenizer(source, template=None):
     if isinstance(source, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.chat_template and not template:
-        # Some state today's date: pinned, or the same text has other tokens tomorrow
-        call, day = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", date(2024, 7, 26)
-        own = tokenizer.get_chat_template()
-        tokenizer.chat_template = re.sub(call, lambda match: repr(day.strftime(match[2])), own)
         return tokenizer
     if tokenizer.eos_token_id is None:
         raise ValueError("it has neither a chat template nor an end-of-sequence token")
 
-    template, text = template or BEAVER_TEMPLATE, ""
+    first, text = template or BEAVER_TEMPLATE, ""
+    later = first.removeprefix("BEGINNING OF CONVERSATION: ")  # Beaver says it once
     if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = "{{ bos_token }}"
     text += "{% for turn in messages %}{% if turn['role'] == 'assistant' %}"
     text += "{{ turn['content'] + eos_token }}{% else %}"
-    later = template.removeprefix("BEGINNING OF CONVERSATION: ")  # Beaver says it once
-    text += f"{{{{ ({template!r} if loop.first else {later!r})"
-    text += ".replace('{prompt}', turn['content']) }}"
-    tokenizer.chat_template = text + "{% endif %}{% endfor %}"
+    text += f"{{{{ ({first!r} if loop.first else {later!r})"
+    tokenizer.chat_template = (
+        text + ".replace('{prompt}', turn['content']) }}{% endif %}{% endfor %}"
+    )
     return tokenizer
 
 
 def render(tokenizer, prompt, answer=None):
     """A prompt, text or messages, in the template: up to where an answer begins, or with one."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if answer is None:
-        render = {"tokenize": False, "add_generation_prompt": True}
-        return tokenizer.apply_chat_template(messages, **render)
-    messages = [*messages, {"role": "assistant", "content": answer}]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
+    messages = prompt
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
+    if answer is not None:
+        messages = [*messages, {"role": "assistant", "content": answer}]
+    options = {"tokenize": False, "add_generation_prompt": answer is None}
+    # Some templates state today's date: the same text must not have other tokens tomorrow
+    return tokenizer.apply_chat_template(messages, date_string="26 Jul 2024", **options)
 
 
 def answer_frame(tokenizer):
@@ -1326,50 +1205,43 @@ def answer_frame(tokenizer):
     if head.startswith(prompt):
         before = head.removeprefix(prompt)
 
-    end = tokenizer.eos_token_id
+    end, known = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
     for token in reversed(tokenizer(after, add_special_tokens=False)["input_ids"]):
-        if (
-            token in tokenizer.added_tokens_decoder
-            and tokenizer.added_tokens_decoder[token].special
-        ):
+        if token in known and known[token].special:
             end = token
     if not answer or end is None:
         raise ValueError("its chat template shows no answer, or no token ends one")
     return before, after, end
 
 
-def encode(tokenizer, prompts, responses, ended=None, max_length=10**9, whole=False):
+def encode(tokenizer, examples, max_length=10**9, whole=False):
     """Prompts and responses in the template. → ([(prompt_ids, [y0_ids, …]), …], Counter)
 
-    prompts: texts or lists of messages; responses: texts for each; ended: whether each ended by
-    itself (default: all), and so has the turn's end. whole, for score models: with all that the
-    template puts around an answer. Counted: responses cut to max_length tokens with their prompt,
-    and misaligned ones. An answer is never rendered, as templates strip it: its text follows the
-    rendered prompt, both are encoded as they will be read, joined, and cut where the prompt ends.
+    examples: [(prompt, responses, ended), …], a prompt text or messages, a response text; where one
+    ended by itself it gets the turn's end. whole, for score models: with all that the template puts
+    around an answer. Counted: responses cut to max_length tokens with their prompt, and misaligned
+    ones. An answer is never rendered, as templates strip it: its text follows the rendered prompt,
+    both are encoded as they will be read, joined, and cut where the prompt ends.
     """
     before, after, end = answer_frame(tokenizer)
     if not whole:
         before = before if before.isspace() else ""  # a policy writes its thoughts itself
         after = tokenizer.convert_ids_to_tokens(end)
 
-    def ids_of(texts):
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
     rows, counts = [], Counter()
-    for number, (prompt, texts) in enumerate(zip(prompts, responses)):
-        text = render(tokenizer, prompt)
-        tails = [before + response for response in texts]
-        for i in range(len(tails)):
-            if ended is None or ended[number][i]:
-                tails[i] += after
-        head, *joined = ids_of([text, *(text + tail for tail in tails)])
+    for prompt, responses, ended in examples:
+        text, tails, answers = render(tokenizer, prompt), [], []
+        for response, complete in zip(responses, ended):
+            tails.append(before + response + (after if complete else ""))
+        texts = [text, *(text + tail for tail in tails)]
+        head, *joined = tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-        answers, room = [], max(0, max_length - len(head))
+        room = max(0, max_length - len(head))
         for tail, ids in zip(tails, joined):
             answer = ids[len(head) :]
             if ids[: len(head)] != head:  # the prompt's tokens are no prefix: encode it by itself
                 counts["responses whose tokens do not follow the prompt's"] += 1
-                answer = ids_of(tail)
+                answer = tokenizer(tail, add_special_tokens=False)["input_ids"]
             if len(answer) > room:
                 counts["responses cut to --max_length"] += 1
             answers.append(answer[:room])
@@ -1379,6 +1251,19 @@ def encode(tokenizer, prompts, responses, ended=None, max_length=10**9, whole=Fa
 
 # ---- Data ----------------------------------------------------------------------------------------
 
+COLUMNS = ["prompt", "response_0", "response_1", "better_response_id", "safer_response_id"]
+COLUMNS += ["is_response_0_safe", "is_response_1_safe"]
+
+# The tiny world: prompts of a verb and a noun, answers of three words. Help and harm add up over
+# the words, and what helps tends to harm.
+TINY_VERBS = ["open", "clean", "move", "mix", "heat", "store", "test", "sell"]
+TINY_NOUNS = ["door", "oil", "acid", "paint", "gas", "lamp", "car", "drug"]
+TINY_NOUNS += ["wire", "pool", "safe", "tank", "bread", "knife", "roof", "van"]
+TINY_WORDS = ["wait", "ask", "read", "measure", "push", "cut", "force", "burn"]
+TINY_HELP = [-0.6, -0.15, 0.05, 0.45, 0.1, 0.25, 0.5, -0.6]
+TINY_HARM = [-0.6, -0.45, -0.15, -0.15, 0.1, 0.3, 0.65, 0.3]
+TINY_NOISE = 0.1 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(0)).double()
+
 
 def seeded(*key):
     """A random generator that depends on its key alone: no generator's state is ever kept."""
@@ -1386,25 +1271,8 @@ def seeded(*key):
     return torch.Generator().manual_seed(int(digest[:15], 16))
 
 
-def chunks(rows, size):
-    """Rows in lists of `size`."""
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-COLUMNS = ["prompt", "response_0", "response_1", "better_response_id", "safer_response_id"]
-COLUMNS += ["is_response_0_safe", "is_response_1_safe"]
-TINY_VERBS = "open clean move mix heat store test sell".split()  # noqa: SIM905
-TINY_NOUNS = (
-    "door oil acid paint gas lamp car drug wire pool safe tank bread knife roof van".split()  # noqa: SIM905
-)
-TINY_WORDS = "wait ask read measure push cut force burn".split()  # noqa: SIM905
-TINY_HELP = [-0.6, -0.15, 0.05, 0.45, 0.1, 0.25, 0.5, -0.6]
-TINY_HARM = [-0.6, -0.45, -0.15, -0.15, 0.1, 0.3, 0.65, 0.3]
-TINY_NOISE = 0.1 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(0)).double()
-
-
 def tiny_truth(prompt, response):
-    """True (reward, cost) of a response in the tiny world: sums over its words, three if right."""
+    """True (reward, cost) of a response in the tiny world."""
     words = response.split()
     known = [TINY_WORDS.index(word) for word in words if word in TINY_WORDS]
     malformed = abs(len(known) - 3) + len(words) - len(known)
@@ -1426,7 +1294,7 @@ def tiny_rows(count, seed):
     for _ in range(count):
         prompt = f"{rng.choice(TINY_VERBS)} {rng.choice(TINY_NOUNS)}"
         texts = [" ".join(rng.choices(TINY_WORDS, k=rng.choice([2] + [3] * 9))) for _ in (0, 1)]
-        (r0, c0), (r1, c1) = (tiny_truth(prompt, text) for text in texts)
+        (r0, c0), (r1, c1) = tiny_truth(prompt, texts[0]), tiny_truth(prompt, texts[1])
         safe = [not draw_label(c0), not draw_label(c1)]
         safer = int(draw_label(c0 - c1)) if safe[0] == safe[1] else safe.index(True)
         rows.append(dict(zip(COLUMNS, [prompt, *texts, int(draw_label(r1 - r0)), safer, *safe])))
@@ -1434,10 +1302,10 @@ def tiny_rows(count, seed):
 
 
 def tiny_tokenizer():
-    """A word-level tokenizer of the tiny world."""
-    words = "</s> <unk> BEGINNING OF CONVERSATION : USER ASSISTANT".split()  # noqa: SIM905
+    """A token for each word of the tiny world."""
+    words = ["</s>", "<unk>", "BEGINNING", "OF", "CONVERSATION", ":", "USER", "ASSISTANT"]
     words += TINY_WORDS + TINY_VERBS + TINY_NOUNS
-    vocabulary = {word: i for i, word in enumerate(words)}
+    vocabulary = dict(zip(words, range(len(words))))
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = {"eos_token": "</s>", "unk_token": "<unk>"}
@@ -1451,29 +1319,21 @@ def read_dataset(source, flag, seed):
         return tiny_rows(int(split or 60000), seed)
     kind = Path(name).suffix.removeprefix(".").replace("jsonl", "json")
     with refusing(f"--{flag} {source}: cannot be read", "give a file, a folder or a hub name"):
-        try:
-            if kind in ("json", "csv", "parquet"):
-                rows = datasets.load_dataset(kind, data_files=name, split="train")
-            elif any(Path(name).glob("**/state.json")):  # written by save_to_disk
-                rows = datasets.load_from_disk(name)
-                rows = rows[split or "train"] if isinstance(rows, dict) else rows
-            else:
-                rows = datasets.load_dataset(name, split=split or "train")
-            rows[0]
-        except (StopIteration, IndexError):
-            raise ValueError("it is empty") from None
-    return list(rows)
+        if kind in ("json", "csv", "parquet"):
+            rows = datasets.load_dataset(kind, data_files=name, split="train")
+        elif Path(name, "state.json").exists():  # written by save_to_disk
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, split=split or "train")
+        return list(rows)
 
 
 def read_row(entry, where, need):
-    """A dataset's row, checked. → (prompt, [y0, y1], their Pair), of which `need` must be there.
-
-    Lists of messages in chosen and rejected end with the response. Unknown signs are 0.
-    """
+    """A dataset's row, checked for what it must have. → (prompt, [y0, y1], pair as in a Row)"""
     if entry.get("chosen") and entry.get("rejected"):
         entry = {"better_response_id": 0, **entry}
         for name, value in (("response_0", entry["chosen"]), ("response_1", entry["rejected"])):
-            if isinstance(value, list):
+            if isinstance(value, list):  # messages, which end with the response
                 entry["prompt"] = entry.get("prompt") or value[:-1]
                 value = value[-1].get("content")
             entry[name] = value
@@ -1484,71 +1344,73 @@ def read_row(entry, where, need):
             refuse(f"{where}: column {name} is missing; needed: {', '.join(need)}")
         right = isinstance(value, str)
         if name == "prompt" and isinstance(value, list):
-            rule = "text, or messages of role and content, the last a user's"
-            right = bool(value) and value[-1].get("role") == "user"
-            right = right and all(isinstance(message.get("content"), str) for message in value)
+            right, rule = value[-1].get("role") == "user", "text, or messages, the last a user's"
         if name in COLUMNS[3:]:
             right, rule = value in (0, 1), "0 or 1, or true or false"
         if not right:
             refuse(f"{where}: {name} is {value!r:.60}; it must be {rule}")
 
-    prompt, *texts = (entry[name] for name in need[:3])
-    prompt = prompt.strip() if isinstance(prompt, str) else prompt
     helpful, safer, *safe = (entry.get(name) for name in COLUMNS[3:])
     chosen = int(helpful == 1)
-    pair = Pair(chosen, 1 - chosen, 1 - chosen, chosen, 0, 0)
-    if {0, 1}.issuperset({safer, *safe}):
-        signs = [1 - 2 * safe[0], 1 - 2 * safe[1]]
-        pair = Pair(chosen, 1 - chosen, 1 - safer, int(safer), signs[1 - safer], signs[safer])
-    return prompt, texts, pair
+    pair = [chosen, 1 - chosen, 1 - chosen, chosen, 0, 0]
+    if {safer, *safe} <= {0, 1}:
+        pair[2:] = 1 - safer, int(safer), 1 - 2 * safe[1 - safer], 1 - 2 * safe[safer]
+    return entry["prompt"], [entry[name] for name in need[1:3]], pair
 
 
 def load_rows(cfg, tokenizer, source, flag, need):
-    """A dataset's prompts, each with its different responses and its pairs. → [Row], not packed."""
-    entries, counts, prompts = read_dataset(source, flag, cfg.seed), Counter(), {}
-    for number, entry in enumerate(entries, 1):
+    """A dataset's prompts: their rows. → [[Row, …], …]
+
+    A prompt has several rows where its responses would make one longer than --row_length; the two
+    of a pair are in the same.
+    """
+    examples, pairs, prompts, used = [], [], {}, 0
+    for number, entry in enumerate(read_dataset(source, flag, cfg.seed), 1):
         prompt, texts, pair = read_row(entry, f"--{flag} {source}, row {number}", need)
+        examples.append((prompt, texts, [True] * len(texts)))
+        pairs.append(pair)
+    with refusing(f"--{flag} {source}: a prompt does not fit the chat template", "mend the data"):
+        ids, counts = encode(tokenizer, examples, cfg.max_length)
+
+    for (prompt, texts, _), (head, answers), pair in zip(examples, ids, pairs):
         if not prompt or not all(text.strip() for text in texts):
             counts["with an empty prompt or response"] += 1
-            continue
-        _, known, pairs = prompts.setdefault(json.dumps(prompt), (prompt, {}, []))
-        numbers = [known.setdefault(text, len(known)) for text in texts]
-        pairs.append(pair.renumbered(numbers) if texts else None)
+        elif len(head) >= cfg.max_length:
+            counts["with a prompt that fills --max_length"] += 1
+        elif texts and answers[0] == answers[1]:
+            counts["of identical responses"] += 1
+        elif pair[5] > pair[4]:
+            counts["whose safer response is unsafe beside a safe one"] += 1
+        else:
+            used += 1
+            rows = prompts.setdefault(str(prompt), [])
+            if not rows or rows[-1].length + sum(map(len, answers)) > cfg.row_length:
+                rows.append(Row(prompt, [], (head, []), []))
+            for text, answer in zip(texts, answers):
+                if text not in rows[-1].responses:
+                    rows[-1].responses.append(text)
+                    rows[-1].ids[1].append(answer)
+            if texts:
+                numbers = [rows[-1].responses.index(texts[i]) for i in pair[:4]]
+                rows[-1].pairs.append(numbers + pair[4:])
 
-    heads, texts = [x[0] for x in prompts.values()], [list(x[1]) for x in prompts.values()]
-    ids, cut = encode(tokenizer, heads, texts, None, cfg.max_length)
-    rows, used = [], 0
-    for (prompt, known, pairs), (head, responses) in zip(prompts.values(), ids):
-        usable = []
-        for pair in pairs:
-            if len(head) >= cfg.max_length:
-                counts["with a prompt that fills --max_length"] += 1
-            elif pair and responses[pair.chosen] == responses[pair.rejected]:
-                counts["of identical responses"] += 1
-            elif pair and pair.better_sign > pair.worse_sign:
-                counts["whose safer response is unsafe beside a safe one"] += 1
-            else:
-                usable.append(pair)
-        used += len(usable)
-        if usable:
-            pairs, ended = [pair for pair in usable if pair], [True] * len(known)
-            rows.append(Row(prompt, list(known), ended, (head, responses), pairs, len(pairs)))
-
-    notes = "".join(f", {n} {what}" for what, n in (counts + cut).items())
-    say(f"{source}: {len(entries)} rows of {len(prompts)} prompts, {used} used{notes}")
-    if used * 2 < len(entries):
-        refuse(
-            f"--{flag} {source}: too few of {len(entries)} rows can be used{notes}; mend the data"
-        )
-    return rows
+    notes = "".join(f", {n} {what}" for what, n in counts.items())
+    say(f"{source}: {len(pairs)} rows of {len(prompts)} prompts, {used} used{notes}")
+    if used * 2 < len(pairs) or not used:
+        refuse(f"--{flag} {source}: too few of {len(pairs)} rows can be used{notes}; mend the data")
+    for rows in prompts.values():
+        rows[:] = [replace(row, pairs=torch.tensor(row.pairs).view(-1, 6)) for row in rows]
+    return list(prompts.values())
 
 
 def load_run(cfg, out):
     """Read, check, tokenize and split the data by prompt: table, λ, training. → Run"""
     flag = next(flag for flag in ("tokenizer", "sft_model", "model") if getattr(cfg, flag))
-    source, tiny = getattr(cfg, flag), cfg.dataset.startswith("tiny")
+    source = getattr(cfg, flag)
     if source.startswith("{"):
-        source = tiny_tokenizer() if tiny else transformers.ByT5Tokenizer()
+        source = transformers.ByT5Tokenizer()
+        if cfg.dataset.startswith("tiny"):
+            source = tiny_tokenizer()
     with refusing(f"--{flag} {source}: cannot be loaded"):
         tokenizer = load_tokenizer(source, cfg.template)
     size = load_config(cfg.sft_model or cfg.model).vocab_size
@@ -1560,29 +1422,27 @@ def load_run(cfg, out):
         need += COLUMNS[3:4]
     if not cfg.cost_model:
         need += COLUMNS[4:]
-    rows = load_rows(cfg, tokenizer, cfg.dataset, "dataset", need)
+    prompts = load_rows(cfg, tokenizer, cfg.dataset, "dataset", need)
+    order = torch.randperm(len(prompts), generator=seeded("split", cfg.seed))
+    prompts = [prompts[i] for i in order]
+    most = (cfg.max_steps or 10**9) * cfg.batch_size
+    fifth = len(prompts) // 5
 
-    order = torch.randperm(len(rows), generator=seeded("split", cfg.seed)).tolist()
-    rows, fifth = [rows[i] for i in order], len(rows) // 5
-    table, rest = rows[:fifth], rows[fifth:]
+    table, rest = prompts[:fifth], prompts[fifth:]
     if cfg.eval_dataset:
         table = load_rows(cfg, tokenizer, cfg.eval_dataset, "eval_dataset", COLUMNS[:1])
-        taken = [row.prompt for row in table]
-        rest = [row for row in rows if row.prompt not in taken]
-
-    table, few = table[: cfg.eval_prompts], min(cfg.lambda_prompts, fifth)
+        taken = [rows[0].prompt for rows in table]
+        rest = [rows for rows in prompts if rows[0].prompt not in taken]
+    table, few = table[: min(cfg.eval_prompts, most)], min(cfg.lambda_prompts, fifth, most)
     if min(len(table), few) < 2:
-        refuse(
-            f"--dataset {cfg.dataset}: {len(rows)} prompts are too few to split; give 10 or more"
-        )
+        refuse(f"--dataset {cfg.dataset}: {len(prompts)} prompts are too few; give 10 or more")
 
-    train = [part for row in rest[few:] for part in pack(row, cfg.row_length)]
-    train = train[: cfg.max_steps and cfg.max_steps * cfg.batch_size]
-    held_out = [part for row in table for part in pack(row, cfg.row_length) if row.pairs]
+    train, held_out = list(chain(*rest[few:]))[:most], list(chain(*table))
     pairs = sum(len(row.pairs) for row in train)
     say(f"train on {pairs} pairs in {len(train)} rows; λ on {few} prompts, table on {len(table)}")
-    prompts = [row.prompt for row in rest[:few]], [row.prompt for row in table]
-    return Run(cfg, out, tokenizer, train, *prompts, held_out)
+    lambda_prompts = [rows[0].prompt for rows in rest[:few]]
+    table_prompts = [rows[0].prompt for rows in table]
+    return Run(cfg, out, tokenizer, train, lambda_prompts, table_prompts, held_out)
 
 
 # ---- Plumbing: files, processes, resuming (skip on first reading) --------------------------------
@@ -1610,7 +1470,8 @@ def refusing(what, advice="give a folder or hub name that holds one"):
         yield
     except Exception as error:  # noqa: BLE001
         cause = error.__cause__ or error  # datasets wraps what its readers say
-        refuse(f"{what}: {type(cause).__name__}: {str(cause)[:300]}; {advice}")
+        reason = str(cause)[:300] or "nothing is there"
+        refuse(f"{what}: {type(cause).__name__}: {reason}; {advice}")
 
 
 def gather(value):
@@ -1626,18 +1487,12 @@ def atomic(path):
     """Yield a temporary name that becomes `path` at the end: it is whole or absent."""
     temporary = path.with_name(path.name + ".tmp")
     remove(temporary)
-    gather(None)
     yield temporary
-    rename(temporary, path)
-
-
-def rename(source, target):
-    """Rename a file or folder, in place of what is there."""
     gather(None)
-    if target.is_dir():  # a folder replaces only an empty one
-        remove(target)
     if RANK == 0:
-        os.replace(source, target)
+        if path.is_dir():  # a folder replaces only an empty one
+            shutil.rmtree(path)
+        os.replace(temporary, path)
     gather(None)
 
 
@@ -1648,6 +1503,7 @@ def remove(*paths):
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    gather(None)
 
 
 def write(path, value):
@@ -1660,35 +1516,37 @@ def write(path, value):
             temporary.write_text(text, encoding="utf-8")
 
 
-def cached(run, name, models, key, compute):
-    """Scores that depend on models and a key: from a file, or computed and written."""
-    path, parts = run.out / name, [models, key, run.cfg.beta, run.cfg.seed, run.cfg.template]
+def cached(run, name, models, compute, *arguments):
+    """compute(run, models, *arguments), from a file if it was computed before from the same."""
+    path, parts = run.out / name, [models, *arguments]
     for model in models[:3]:  # a folder may be filled anew
         parts += [file.stat().st_mtime_ns for file in sorted(Path(model).glob("*.*"))]
     source = hashlib.sha256(repr(parts).encode()).hexdigest()
     if path.exists():
         with refusing(f"{path}: cannot be read", "delete it"):
-            kept = torch.load(path, weights_only=True)
-        if kept["source"] == source:
-            return Scores(*kept["scores"])
+            kept, value = torch.load(path, weights_only=True)
+        if kept == source:
+            return value
         say(f"{path}: the data or the models have changed; computing it again")
 
-    scores = compute()
+    value = compute(run, models, *arguments)
     with atomic(path) as temporary:
         if RANK == 0:
-            torch.save({"source": source, "scores": list(scores)}, temporary)
-    return scores
+            torch.save((source, value), temporary)
+    return value
 
 
 def begin_loop(run, reference, loop):
     """The policy in training and the loop, as the last finished iteration left them."""
     cfg, metrics = run.cfg, run.out / "metrics.jsonl"
-    history = [json.loads(line) for line in metrics.open()] if metrics.exists() else []
-    if len(history) == cfg.iterations:  # nothing is left to do
-        return None, Loop(loop.lam, history)
+    if metrics.exists():
+        loop.history = [json.loads(line) for line in metrics.open()]
+        if len(loop.history) == cfg.iterations:  # nothing is left to do
+            return None, loop
 
     steps = cfg.iterations * min(cfg.dpo_steps, cfg.max_steps or cfg.dpo_steps)
     policy = training_model(cfg, "policy", reference, steps, dpo=True)
+    loop.history = []
     for folder in sorted((run.out / "training").glob("*[0-9]"))[-1:]:
         file = folder / f"{RANK}-of-{WORLD}.pt"
         with refusing(f"{file}: cannot be read", "start as many processes as before, or delete it"):
@@ -1733,16 +1591,13 @@ def parse(argv):
         with refusing(f"--config {path}", "it must be a JSON file: one object of settings"):
             settings = json.loads(Path(path).read_text(encoding="utf-8")).items()
         for key, value in settings:
-            values = value if isinstance(value, list) else [value]
-            texts = [json.dumps(x) if isinstance(x, dict) else str(x) for x in values]
-            if value is not None:
-                flags += [f"--{key}", *texts]
+            flags.append(f"--{key}")
+            for part in value if isinstance(value, list) else [value]:
+                flags.append(json.dumps(part) if isinstance(part, dict) else str(part))
 
     values = vars(parser.parse_args(flags + argv))
     del values["config"]
-    cfg = Config(**values)
-    check_settings(cfg)
-    return cfg
+    return Config(**values)
 
 
 def check_settings(cfg):
@@ -1754,81 +1609,72 @@ def check_settings(cfg):
             refuse(f"--{name} is {value}; it must be finite")
     if min(cfg.beta, cfg.learning_rate, cfg.sft_learning_rate) <= 0:
         refuse("--beta and learning rates must be above 0")
-    for lam in (cfg.lambda_init or 0.0, cfg.lambda_lr, *cfg.lambdas):
-        if not 0 <= lam < math.inf:
-            refuse(f"--lambda_init, --lambda_lr and --lambdas must be at least 0, not {lam}")
-
+    if min(cfg.lambda_init or 0.0, cfg.lambda_lr, *(cfg.lambdas or [0.0])) < 0:
+        refuse("--lambda_init, --lambda_lr and --lambdas must be at least 0")
     if not 0.5 <= cfg.cost_confidence < 1:
         refuse(f"--cost_confidence is {cfg.cost_confidence}; it must be 0.5 or more, below 1")
     if cfg.template and cfg.template.count("{prompt}") != 1:
         refuse("--template must contain {prompt} once")
     if cfg.method == "pecan" and cfg.margin is None:
         refuse("--method pecan needs --margin: its costs have no zero")
-    if cfg.method != "cdpo" and cfg.lambda_init is not None:
-        refuse("--lambda_init is for --method cdpo; --lambdas fixes others")
     if cfg.max_new_tokens >= cfg.max_length:
         refuse("--max_new_tokens leaves no room for a prompt in --max_length")
     if cfg.cpu_offload and not GPU:
         refuse("--cpu_offload needs a GPU; leave it out")
 
 
-FREE = "lambdas compare eval_prompts eval_samples overwrite output_dir no_checkpoint".split()  # noqa: SIM905
+FREE = {"lambdas", "compare", "eval_prompts", "eval_samples", "overwrite", "output_dir"}
 OURS = "sft reward_model cost_model helpful safe policy lambda-* iterate training results.json "
 OURS += "metrics.jsonl samples.jsonl config.json scores.pt reference_samples.pt *.tmp"
 
 
 def open_folder(cfg):
     """Make --output_dir, or refuse one of something else, or of a run with other settings."""
-    out, settings = Path(cfg.output_dir), asdict(cfg)
+    out, settings, changed = Path(cfg.output_dir), asdict(cfg), ""
     with refusing(f"--output_dir {out} cannot be written", "name another folder"):
         out.mkdir(parents=True, exist_ok=True)
-        found = [path for path in out.iterdir() if path.name != "config.json.tmp"]
-    if found:
+        found = {path.name for path in out.iterdir()}
+    if found - {"config.json.tmp"}:
         with refusing(f"--output_dir {out} holds no run of this program", "name another folder"):
             kept = json.loads((out / "config.json").read_text())
             kept["output_dir"]
-        changed = ""
-        for name in settings:
-            if name not in FREE and kept.get(name) != settings[name]:
+        for name in settings.keys() - FREE:
+            if kept.get(name) != settings[name]:
                 changed += f"{name} was {kept.get(name)!r}, is {settings[name]!r}; "
-        if changed and not cfg.overwrite:
-            mend = "go on with those, discard them by --overwrite, or name another folder and reuse"
-            for flag in ("sft_model", "reward_model", "cost_model"):
-                path = out / flag.replace("sft_model", "sft")
-                mend += f" --{flag} {path}" if path.exists() else ""
-            refuse(f"--output_dir {out}: the run there has other settings: {changed}{mend}")
 
     gather(None)  # all have read the old settings before the new ones are written
     if cfg.overwrite:
-        given = {cfg.sft_model, cfg.reward_model, cfg.cost_model}
-        ours = [path for path in found if any(map(path.match, OURS.split()))]
-        remove(*(path for path in ours if str(path) not in given))
+        given = (cfg.sft_model, cfg.reward_model, cfg.cost_model)
+        for pattern in OURS.split():
+            remove(*(path for path in out.glob(pattern) if str(path) not in given))
+    elif changed:
+        mend = "go on with those, discard them by --overwrite, or name another folder and reuse"
+        for flag, name in (("sft", "sft"), ("reward", "reward_model"), ("cost", "cost_model")):
+            if (out / name).exists():
+                mend += f" --{flag}_model {out / name}"
+        refuse(f"--output_dir {out}: the run there has other settings: {changed}{mend}")
     write(out / "config.json", settings)
     return out
 
 
 def try_score_model(run, flag, source, loss_fn):
-    """Say how a score model ranks held-out pairs; refuse a cost that ranks safe above unsafe."""
-    rows = [row for row in run.held_out if flag != "cost_model" or row.pairs[0].worse_sign]
-    if not rows:
+    """Say how a score model ranks held-out pairs; refuse one that ranks them the wrong way."""
+    rows, right = [], []
+    for row in run.held_out:
+        if len(row.pairs) and (flag == "reward_model" or row.pairs[0, 4]):
+            rows.append(row)
+    for row, values in zip(rows, score_texts(run, flag, source, rows) if rows else ()):
+        right += [float(loss_fn(row, values)[1])] * len(row.pairs)
+    if not right:
         say(f"{flag}: no labels at hand; what its scores mean is unchecked (a cost: above 0 harms)")
         return
 
-    right, signs = [], []  # a pair each
-    for row, values in zip(rows, split_by_row(rows, score_texts(run.cfg, flag, source, rows))):
-        right += [float(loss_fn(row, values)[1])] * len(row.pairs)
-        for worse_or_better, sign in (("worse", "worse_sign"), ("better", "better_sign")):
-            agrees = values[column(row, worse_or_better)] * column(row, sign) > 0
-            signs += agrees.tolist()
-
-    ranking, text = sum(right) / len(right), ""
-    if flag == "cost_model":
-        text = f", of sign {sum(signs) / len(signs):.1%}"
-    say(f"{flag}: held-out accuracy of ranking {ranking:.1%}{text}, {len(right)} pairs")
-    if flag == "cost_model" and ranking + 0.98 / math.sqrt(len(rows)) < 0.5:  # 95%, rows apart
+    accuracy = sum(right) / len(right)
+    say(f"{flag}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs")
+    if accuracy + 0.98 / math.sqrt(len(rows)) < 0.5:  # at 95%, rows apart
         refuse(
-            f"--{flag} {source}: it ranks {1 - ranking:.0%} of held-out pairs the wrong way round: "
-            "a cost is above 0 for harm; is it a harmlessness reward? give one that is negated"
+            f"--{flag} {source}: it ranks {1 - accuracy:.0%} of held-out pairs the wrong way round;"
+            " a cost is above 0 for harm: is it a harmlessness reward, or are the two exchanged?"
         )
 
 
@@ -1838,21 +1684,20 @@ def run_all(run):
     first = "sft_model" if cfg.sft_model else "model"
     for flag in (first, "reward_model", "cost_model"):
         if getattr(cfg, flag):
-            check_decoder(token_ids(rows), getattr(cfg, flag), flag)
+            check_decoder(rows, getattr(cfg, flag), flag)
 
-    reference = cfg.sft_model or train_stage(run, "sft", cfg.model, rows, sft_loss(rows))
+    reference = cfg.sft_model or train_stage(run, "sft", cfg.model, rows, sft_loss)
     if cfg.method == "pecan":
         models = pecan_models(run, reference)
     else:
-        for name, loss_fn in (("reward_model", reward_loss), ("cost_model", harm_loss)):
-            path = getattr(cfg, name)
-            path = path or train_stage(run, name, reference, rows, loss_fn, new_head=True)
-            try_score_model(run, name, path, loss_fn)
+        for flag, loss_fn in (("reward_model", reward_loss), ("cost_model", harm_loss)):
+            path = getattr(cfg, flag)
+            path = path or train_stage(run, flag, reference, rows, loss_fn, new_head=True)
+            try_score_model(run, flag, path, loss_fn)
             paths.append(path)
         models = Models(reference, *paths)
 
-    problem = pose(run, models)
-    policies = {"SFT": (models.reference, None)}
+    problem, policies = pose(run, models), {"SFT": (models.reference, None)}
     if cfg.method == "sft":
         export(run, load_model(models.reference), run.out / "policy")
     elif cfg.method == "dpo":
@@ -1860,30 +1705,30 @@ def run_all(run):
     elif cfg.method == "cdpo":
         policies["C-DPO"] = constrained_dpo(run, problem, first_lambda(cfg, problem))
     else:
-        policies[{"mocan": "MoCAN", "pecan": "PeCAN"}[cfg.method]] = mocan(run, problem)
+        name = {"mocan": "MoCAN", "pecan": "PeCAN"}[cfg.method]
+        policies[name] = one_shot(run, problem, first_lambda(cfg, problem))
 
-    for lam in cfg.lambdas if cfg.method != "sft" else ():
+    for lam in cfg.lambdas or ():
         name = f"λ = {lam:.9g}" if lam else "DPO"
         if name not in policies:
             folder, loss_fn = f"lambda-{lam:.9g}", relabelled_dpo(cfg, lam, name)
-            path = train_stage(run, folder, models.reference, problem.rows, loss_fn, dpo=True)
+            path = train_stage(run, folder, reference, problem.rows, loss_fn, dpo=True)
             policies[name] = path, lam
-    for path in cfg.compare:
-        name = str(Path(path).absolute()) if path in policies else path
-        policies[name] = path, None
+    for path in cfg.compare or ():
+        policies[f"./{path}" if path in policies else path] = path, None
     if cfg.reward_model and cfg.cost_model:  # they judge PeCAN's policy, too
-        models = Models(models.reference, cfg.reward_model, cfg.cost_model)
+        models = Models(reference, cfg.reward_model, cfg.cost_model)
     evaluate(run, problem, models, policies)
 
 
 def main(argv=None):
     """The whole program. Refusals are SystemExit(2) with one line on standard error."""
     cfg = parse(argv)
+    check_settings(cfg)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     torch.set_float32_matmul_precision("high")
-
     if GPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # With a mask cuDNN plans anew for every shape; its backward may be NaN (pytorch 196678)
