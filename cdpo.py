@@ -29,10 +29,11 @@ Equation numbers are those of 2403.02475. Where this program departs from the pa
  8. Of the iterates the best is kept, by objective (6) less an exact penalty for cost over the
     limit.
 
-The paper's letter: --labels sample --no_all_pairs --lambda_step gradient --lambda_init 0
---no_recycle. Left out on purpose: vector-valued λ, LoRA, tensor parallelism, callbacks.
+The paper's letter, but for 2, 6 and 8: --labels sample --no_all_pairs --lambda_step gradient
+--lambda_init 0 --no_recycle. Left out on purpose: vector-valued λ, LoRA, tensor parallelism.
 """
 
+import copy
 import gc
 import hashlib
 import json
@@ -112,11 +113,11 @@ class Config:
     lambda_init: float | None = opt(None, "first λ; default: solves the dual on π_ref")
     lambda_step: Literal["solve", "gradient", "fixed"] = opt("solve", "how λ moves; (14): gradient")
     lambda_lr: float = opt(0.05, "step size of the gradient step")
-    lambda_prompts: int = opt(500, "held-out prompts on which λ is found")
+    lambda_prompts: int = opt(500, "prompts, none of the dataset's rows, on which λ is found")
     lambda_samples: int = opt(4, "responses per prompt that measure a policy there")
     recycle: bool = opt(True, "train on those responses, too, in the next iteration")
     dual_samples: int = opt(16, "responses of π_ref per prompt there, to solve the dual")
-    lambdas: list[float] | None = opt(None, "also train a policy for each of these λ; 0 is DPO")
+    lambdas: list[float] | None = opt(None, "also train a policy for each of these λ; 0 is DPO")  # noqa: RUF009
     iterations: int = opt(5, "outer iterations: relabel, fit, sample, step")
     dpo_steps: int = opt(100, "DPO steps of an outer iteration")
 
@@ -135,7 +136,7 @@ class Config:
     eval_prompts: int = opt(2000, "prompts of the final table, a fifth of the dataset's at most")
     eval_samples: int = opt(5, "responses per prompt there")
     sample_tokens: int = opt(40960 if GPU else 16384, "tokens, with padding, sampled at once")
-    compare: list[str] | None = opt(None, "further policies, as rows of the same table")
+    compare: list[str] | None = opt(None, "further policies, as rows of the same table")  # noqa: RUF009
 
 
 # ---- The mathematics -----------------------------------------------------------------------------
@@ -401,7 +402,7 @@ def constrained_dpo(run, problem, lam):
 
     remove(run.out / "training", run.out / "iterate")
     kept = loop.history[loop.history[-1]["kept"]]
-    if kept["cost_bound"] > problem.cost_limit and cfg.lambda_step != "fixed":
+    if kept["cost_bound"] > problem.cost_limit:
         say(f"no iterate meets the limit: the policy kept has cost {kept['cost_bound']:.3f}")
     return run.out / "policy", kept["lambda"]
 
@@ -421,8 +422,10 @@ def next_lambda(cfg, loop, cost_limit):
         bound = torch.tensor(loop.history[-1]["cost_bound"])
         return lambda_step(loop.lam, bound, cost_limit, cfg.lambda_lr)
 
-    _, *numbers = zip(*loop.samples)
-    reward, cost, log_ratio = (torch.cat(values, dim=1) for values in numbers)
+    reward = torch.cat([samples.reward for samples in loop.samples], dim=1)
+    cost = torch.cat([samples.cost for samples in loop.samples], dim=1)
+    log_ratio = torch.cat([samples.log_ratio for samples in loop.samples], dim=1)
+
     gaps = []  # the cost of each policy above that of the π_λ that it was fitted to
     for entry in loop.history:
         fitted = predict(reward, cost, entry["lambda"], cfg.beta, log_ratio)["cost"]
@@ -437,18 +440,20 @@ def next_lambda(cfg, loop, cost_limit):
     def solve(limit):
         try:
             return solve_dual(reward, cost, cfg.beta, limit, log_ratio=log_ratio)
-        except ValueError:  # no sample costs so little
+        except ValueError:  # no λ lets the samples cost so little
             return most
 
     converged = solve(cost_limit)
-    return max(converged, min(solve(cost_limit - lasting), most), (loop.lam + converged) / 2)
+    with_feedback = min(solve(cost_limit - lasting), most)
+    half_way = (loop.lam + converged) / 2
+    return max(converged, with_feedback, half_way)
 
 
 def keep_the_better(run, history, entry, cost_limit):
     """Append the newest iterate to the history; keep its policy where it is the best so far."""
     best = history[history[-1]["kept"]] if history else None
     history.append(entry)
-    price = 1 + 2 * max(other["lambda"] for other in history)  # above λ*: no violation pays
+    price = 1 + 2 * max(other["lambda"] for other in history)  # above λ, no violation pays
 
     def merit(entry):  # objective (6) less an exact penalty
         objective = entry["reward_mean"] - run.cfg.beta * entry["kl"]
@@ -468,20 +473,21 @@ def keep_the_better(run, history, entry, cost_limit):
     say(f"iteration {entry['iteration']}: {text}")
 
 
-def one_shot(run, problem, lam):
-    """λ is known: one iteration takes the steps of them all. → (policy, λ).
+def one_shot(run, problem, lam, name="policy"):
+    """λ is known before training: one fit, as many steps as Algorithm 1 takes. → (policy, λ)
 
     MoCAN (2405.19544) where λ minimises the dual (9) on samples of π_ref; DPO where it is 0.
     """
-    steps = run.cfg.iterations * run.cfg.dpo_steps
-    cfg = replace(run.cfg, iterations=1, dpo_steps=steps, lambda_step="fixed")
-    return constrained_dpo(replace(run, cfg=cfg), problem, lam)
+    loss_fn = relabelled_dpo(run.cfg, lam, name)
+    return train_stage(run, name, problem.models.reference, problem.rows, loss_fn, dpo=True), lam
 
 
 def pecan_models(run, reference):
     """PeCAN (2405.19544): r and −c implicit in policies fitted to people's labels. → Models."""
     ref_logps = infer(run.cfg, reference, "model", run.train, "log π_ref")
-    rows = [replace(row, scores=Scores(x, x, x)) for row, x in zip(run.train, ref_logps)]
+    rows = []
+    for row, logps in zip(run.train, ref_logps):
+        rows.append(replace(row, scores=Scores(None, None, logps)))  # there are no r and c yet
 
     def dpo_on(winner, loser):
         def loss_fn(row, logps):
@@ -529,12 +535,15 @@ def report(cfg, samples, lam):
     prob = relabel(reward[:, pairs].flatten(0, 1), cost[:, pairs].flatten(0, 1), lam)
     certain = float(((prob - 0.5).abs() > 0.45).float().mean())
 
-    text = f"  π_λ for λ {lam:.4f}: cost {found['cost']:+.3f}, reward {found['reward']:+.3f}, by "
-    text += f"{found['ess']:.1f} effective samples of {m}; KL {found['kl']:.2f} of the "
-    say(text + f"{math.log(m):.2f} that they can show; {certain:.0%} of labels beyond 0.95")
+    say(
+        f"  λ {lam:.4f} promises cost {found['cost']:+.3f}, reward {found['reward']:+.3f}, by "
+        f"{found['ess']:.1f} effective samples of {m}, KL {found['kl']:.2f} of {math.log(m):.2f} "
+        f"that they can show; {certain:.0%} of labels beyond 0.95; within a prompt reward "
+        f"± {reward.std(dim=1).mean():.2f}, cost ± {cost.std(dim=1).mean():.2f}"
+    )
     if certain > 0.5:
         scale = float((reward - lam * cost).std(dim=1).mean())
-        say(f"  warning: most labels are certain: divide scores and limit by {scale:.1g} or more")
+        say(f"  warning: most labels are certain: scale score heads and limit by 1/{scale:.1g}")
     if found["ess"] < 2:
         say("  warning: this rests on single samples: raise --beta, or draw more")
 
@@ -568,7 +577,7 @@ def preference_loss(row, logps, pairs, prob, beta):
     """(13) on index pairs (P, 2) of a row with P(first ≻ second), (P,)."""
     policy_logps, ref_logps = logps[pairs], row.scores.ref_logps[pairs]
     log_ratio = (policy_logps - ref_logps).detach()
-    agrees = (log_ratio[:, 0] > log_ratio[:, 1]) == (prob > 0.5)
+    agrees = (log_ratio[:, 0] - log_ratio[:, 1]) * (prob - 0.5) > 0
     return dpo_loss(policy_logps, ref_logps, prob, beta), agrees.float().mean()
 
 
@@ -653,10 +662,12 @@ def sequence_logps(model, batch):
     first. Only hidden states that predict response tokens meet the vocabulary, in chunks, so that
     no (tokens × vocabulary) float32 tensor is ever whole.
     """
-    batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
-    rows = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    hidden = model.base_model(**rows, use_cache=False).last_hidden_state.flatten(0, 1)
-    hidden = hidden.index_select(0, batch["source"])  # (T, width)
+    device = next(model.parameters()).device
+    inputs = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name].to(device) for name in inputs}
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = hidden.index_select(0, batch["source"].to(device))  # (T, width)
+    target, owner = batch["target"].to(device), batch["owner"].to(device)
     head = model.get_output_embeddings()
 
     def token_logps(hidden, target):
@@ -664,23 +675,24 @@ def sequence_logps(model, batch):
         return -torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
     size, logps = max(1, 2**27 // model.config.vocab_size), []
-    for part in zip(hidden.split(size), batch["target"].split(size)):
+    for part in zip(hidden.split(size), target.split(size)):
         if len(hidden) > size:  # backward computes the logits again
             again = torch.utils.checkpoint.checkpoint(token_logps, *part, use_reentrant=False)
             logps.append(again)
         else:
             logps.append(token_logps(*part))
 
-    sums = torch.zeros(len(batch["last"]), device=hidden.device)
-    return sums.index_add(0, batch["owner"], torch.cat(logps))
+    sums = torch.zeros(len(batch["last"]), device=device)
+    return sums.index_add(0, owner, torch.cat(logps))
 
 
 def response_scores(model, batch):
     """Scores of each response of a batch by a ScoreModel, read at its last token, (N,) float32."""
-    batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
-    rows = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    hidden = model.model(**rows, use_cache=False).last_hidden_state.flatten(0, 1)
-    return model.score(hidden[batch["last"]])
+    device = next(model.parameters()).device
+    inputs = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name].to(device) for name in inputs}
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    return model.score(hidden[batch["last"].to(device)])
 
 
 # ---- Training, sampling, measuring ---------------------------------------------------------------
@@ -688,7 +700,7 @@ def response_scores(model, batch):
 
 @dataclass
 class Trainee:
-    """A model in training; the learning rate falls to 0 over the second half of total_steps."""
+    """A model in training. Learning rate: 10 steps up, constant, to 0 over the second half."""
 
     name: str
     model: nn.Module
@@ -723,8 +735,9 @@ def train(cfg, trainee, steps, loss_fn):
             sums += mean.detach()
 
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        loss, accuracy = sum(gather(sums)).tolist()  # over all ranks
-        if not math.isfinite(loss + float(norm)):
+        sums = torch.cat([sums, torch.tensor([float(norm)])])  # under FSDP2 a rank's own part
+        loss, accuracy, norm = sum(gather(sums)).tolist()
+        if not math.isfinite(loss + norm):
             what = f"{trainee.name}: the loss or its gradient is not finite at step {trainee.done}"
             refuse(f"{what}; lower the learning rate, or mend the data", code=1)
         optimizer.step()
@@ -740,15 +753,16 @@ def train(cfg, trainee, steps, loss_fn):
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     loss, accuracy, pairs, tokens = torch.tensor(history, dtype=torch.double).mean(dim=0).tolist()
-    rates = [number * len(steps) / seconds for number in (pairs, tokens)]
-    speed = f"{rates[0]:,.1f} pairs/s, {rates[1]:,.0f} tokens/s, peak {peak / 1e9:.2f} GB"
-    say(f"{trainee.name}: {len(steps)} steps, loss {history[0][0]:.4f} … {loss:.4f}, {speed}")
+    pairs, tokens = pairs * len(steps) / seconds, tokens * len(steps) / seconds
+    text = f"loss {history[0][0]:.4f} at first, {loss:.4f} on average, {pairs:,.1f} pairs/s, "
+    text += f"{tokens:,.0f} tokens/s, peak {peak / 1e9:.2f} GB"
+    say(f"{trainee.name}: {len(steps)} steps, {text}")
     return {
         "dpo_loss": loss,
         "dpo_accuracy": accuracy,
         "first_loss": history[0][0],
-        "pairs_per_second": rates[0],
-        "tokens_per_second": rates[1],
+        "pairs_per_second": pairs,
+        "tokens_per_second": tokens,
         "peak_memory_gb": peak / 1e9,
     }
 
@@ -771,8 +785,8 @@ def train_stage(run, name, source, rows, loss_fn, new_head=False, dpo=False):
 def passes(rows, count, size, *key):
     """`count` steps of `size` rows: passes over all rows, each in an order of its own."""
     sampler, generator = torch.utils.data.RandomSampler, seeded("order", *key)
-    order = list(sampler(rows, num_samples=count * size, generator=generator))
-    return [[rows[i] for i in order[k : k + size]] for k in range(0, count * size, size)]
+    order = [rows[i] for i in sampler(rows, num_samples=count * size, generator=generator)]
+    return [order[k : k + size] for k in range(0, count * size, size)]
 
 
 def steps_of_iteration(cfg, rows, loop):
@@ -837,8 +851,8 @@ def score(run, models, rows):
     scored = []
     for row, r, c, ref in zip(rows, reward, cost, ref_logps):
         if models.implicit:
-            r, c = (implicit_reward(logps, ref, run.cfg.beta) for logps in (r, c))
-            c = -c
+            r = implicit_reward(r, ref, run.cfg.beta)
+            c = -implicit_reward(c, ref, run.cfg.beta)
         scored.append(replace(row, scores=Scores(r, c, ref)))
     return scored
 
@@ -847,12 +861,39 @@ def score_texts(run, flag, source, rows):
     """Scores of the responses of rows by a score model, in its own tokens and template."""
     with refusing(f"--{flag} {source}: cannot be loaded"):
         tokenizer = load_tokenizer(source)
-    examples, end = [], [answer_frame(run.tokenizer)[2]]
-    for row in rows:
-        examples.append((row.prompt, row.responses, [y[-1:] == end for y in row.ids[1]]))
+    # Also an answer that was cut off is given an end: a score model has only learned what an end
+    # means, and at another token its head may say anything
+    examples = [(row.prompt, row.responses) for row in rows]
     ids, _ = encode(tokenizer, examples, run.cfg.max_length + run.cfg.max_new_tokens, whole=True)
     rows = [replace(row, ids=own) for row, own in zip(rows, ids)]
     return infer(run.cfg, source, flag, rows, f"scoring by {flag}")
+
+
+class RoomyLayer(transformers.cache_utils.DynamicLayer):
+    """Keys and values with room for the tokens to come: DynamicLayer copies all at every token."""
+
+    def __init__(self, prompts, count, room):
+        """From the layer that read the prompts, each `count` times."""
+        super().__init__()
+        self.is_initialized, self.store = True, []
+        for states in (prompts.keys, prompts.values):  # (prompts, heads, tokens, width)
+            states = nn.functional.pad(states, (0, 0, 0, room))
+            self.store.append(states.repeat_interleave(count, dim=0))
+        self.keys, self.values = prompts.keys, prompts.values
+
+    def update(self, keys, values, *_, **__):
+        """Write the newest token's behind the others."""
+        start = self.keys.shape[2]
+        end = start + keys.shape[2]
+        all_keys, all_values = self.store
+        all_keys[:, :, start:end] = keys
+        all_values[:, :, start:end] = values
+        self.keys, self.values = all_keys[:, :, :end], all_values[:, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Keep some rows."""
+        self.store = [stored[indices] for stored in self.store]
 
 
 @torch.inference_mode()
@@ -879,7 +920,7 @@ def sample_batch(model, prompts, count, end, max_new_tokens, generator):
         inputs["position_ids"] = (column - padding).clamp(min=0)[:, -ids.shape[1] :]
         logits = model(ids, **inputs, logits_to_keep=1).logits[:, -1]
         if step == 0:  # a prompt is read once for all of its responses
-            cache.batch_repeat_interleave(count)
+            cache.layers = [RoomyLayer(layer, count, max_new_tokens) for layer in cache.layers]
             logits = logits.repeat_interleave(count, dim=0)
             padding = padding.repeat_interleave(count, dim=0)
 
@@ -906,7 +947,7 @@ def measure(run, models, source, prompts, count, key):
     """`count` responses of a policy to each prompt, scored. → Samples. key: of the random draws."""
     cfg, tokenizer, end = run.cfg, run.tokenizer, answer_frame(run.tokenizer)[2]
     model, drafts = load_model(source, "model", cfg.dtype).to(DEVICE), []
-    for head, _ in encode(tokenizer, [(prompt, [], []) for prompt in prompts])[0]:
+    for head, _ in encode(tokenizer, [(prompt, []) for prompt in prompts])[0]:
         drafts.append(Row("", [], (head, [[end] * cfg.max_new_tokens]), []))  # as long as it gets
 
     def draw(group, number):
@@ -915,10 +956,11 @@ def measure(run, models, source, prompts, count, key):
 
     groups, rows = micro_batches(drafts, cfg.sample_tokens // count), []
     drawn = shared_out(groups, f"sampling {Path(source).name}", draw)
+    model = None  # the memory is for the next ones
     for prompt, draft, answers in zip(prompts, drafts, drawn):
         fit = max(1, (cfg.row_length - len(draft.ids[0])) // cfg.max_new_tokens)
-        for ids in (answers[i : i + fit] for i in range(0, count, fit)):
-            texts = []
+        for i in range(0, count, fit):
+            ids, texts = answers[i : i + fit], []
             for answer in ids:  # a model's vocabulary may be larger than the tokenizer's
                 known = [token for token in answer if token < len(tokenizer)]
                 texts.append(tokenizer.decode(known, skip_special_tokens=True))
@@ -929,8 +971,8 @@ def measure(run, models, source, prompts, count, key):
     logps = ref_logps
     if str(source) != str(models.reference):
         logps = torch.cat(infer(cfg, source, "model", rows, "log π of samples"))
-    tables = (values.view(-1, count) for values in (reward, cost, logps - ref_logps))
-    return Samples(rows, *tables)
+    log_ratio = (logps - ref_logps).view(-1, count)
+    return Samples(rows, reward.view(-1, count), cost.view(-1, count), log_ratio)
 
 
 def numbers_of(run, samples):
@@ -941,7 +983,7 @@ def numbers_of(run, samples):
     lengths, truth = [], []
     for row in samples.rows:
         lengths += map(len, row.ids[1])
-        if run.cfg.dataset.startswith("tiny"):
+        if run.cfg.dataset.split(":")[0] == "tiny" and not run.cfg.eval_dataset:
             truth += [tiny_truth(row.prompt, text) for text in row.responses]
     values = {"reward": reward, "cost": cost, "length": torch.tensor(lengths).view_as(cost).float()}
     if truth:
@@ -966,7 +1008,7 @@ def evaluate(run, problem, models, policies):
             difference = sign * (values[:, :, None] - others[:, None, :])
             wins = (0.5 + 0.5 * difference.sign()).flatten(1)
             row |= {f"{key}_win_rate": float(wins.mean()), f"{key}_win_rate_ci95": ci95(wins)}
-        if lam is not None:  # what was promised before any training
+        if lam is not None and models == problem.models:  # what was promised before any training
             found = predict(problem.dual.reward, problem.dual.cost, lam, run.cfg.beta)
             row |= {f"predicted_{key}": value for key, value in found.items()}
         rows.append(row)
@@ -980,11 +1022,11 @@ def evaluate(run, problem, models, policies):
 
     names = "name lambda reward_mean reward_ci95 cost_mean cost_ci95 safe_rate reward_win_rate "
     names += "cost_win_rate kl length_mean true_reward_mean true_cost_mean predicted_cost"
-    names = [name for name in names.split() if name in rows[-1] | rows[0]]
+    names = [name for name in names.split() if name in set().union(*rows)]
     text = f"| {' | '.join(names)} |\n|{' --- |' * len(names)}\n".replace("_mean", "")
     for row in json.loads(json.dumps(rows), parse_float=lambda number: f"{float(number):.3f}"):
-        cells = [str(row.get(name)) for name in names]
-        text += f"| {' | '.join(cells)} |\n".replace("'", "").replace("None", "")
+        cells = " | ".join(str(row.get(name)) for name in names)
+        text += f"| {cells} |\n".replace("'", "").replace("None", "")
     say(f"\nE[cost] ≤ {problem.cost_limit:.4g}\n\n{text}")
 
 
@@ -1117,8 +1159,11 @@ def check_decoder(rows, source, flag):
     model = load_model(source, flag, "float32", config).to(DEVICE)
 
     prompt, responses = max(rows, key=lambda row: row.length).ids
-    last, batch = responses[-1], collate_rows([(prompt, responses)])
-    whole = torch.tensor([prompt + last], device=DEVICE)
+    batch, whole = collate_rows([(prompt, responses)]), torch.tensor([prompt + responses[-1]])
+    whole = whole.to(DEVICE) % config.vocab_size  # its tokens may be others: any will do
+    batch["input_ids"] %= config.vocab_size
+    batch["target"] %= config.vocab_size
+    last = whole[0, len(prompt) :]
     torch.set_float32_matmul_precision("highest")
     with torch.inference_mode():
         if isinstance(model, ScoreModel):
@@ -1128,7 +1173,7 @@ def check_decoder(rows, source, flag):
             error = sequence_logps(model, batch)[-1] - logps[range(len(last)), last].sum()
     torch.set_float32_matmul_precision("high")
 
-    if abs(error) > 0.01:
+    if not abs(error) <= 0.01:
         wrong = "a decoder whose attention or output head this program gets wrong (tried on a row)"
         refuse(f"--{flag} {source}: {wrong}; use one such as Llama, Mistral, Qwen2 or GPT-2")
 
@@ -1217,11 +1262,11 @@ def answer_frame(tokenizer):
 def encode(tokenizer, examples, max_length=10**9, whole=False):
     """Prompts and responses in the template. → ([(prompt_ids, [y0_ids, …]), …], Counter)
 
-    examples: [(prompt, responses, ended), …], a prompt text or messages, a response text; where one
-    ended by itself it gets the turn's end. whole, for score models: with all that the template puts
-    around an answer. Counted: responses cut to max_length tokens with their prompt, and misaligned
-    ones. An answer is never rendered, as templates strip it: its text follows the rendered prompt,
-    both are encoded as they will be read, joined, and cut where the prompt ends.
+    examples: [(prompt, responses), …], a prompt text or messages, a response text, which gets the
+    turn's end. whole, for score models: with all that the template puts around an answer. Counted:
+    responses cut to max_length tokens with their prompt, and misaligned ones. An answer is never
+    rendered, as templates strip it: its text follows the rendered prompt, both are encoded as they
+    will be read, joined, and cut where the prompt ends.
     """
     before, after, end = answer_frame(tokenizer)
     if not whole:
@@ -1229,10 +1274,9 @@ def encode(tokenizer, examples, max_length=10**9, whole=False):
         after = tokenizer.convert_ids_to_tokens(end)
 
     rows, counts = [], Counter()
-    for prompt, responses, ended in examples:
-        text, tails, answers = render(tokenizer, prompt), [], []
-        for response, complete in zip(responses, ended):
-            tails.append(before + response + (after if complete else ""))
+    for prompt, responses in examples:
+        text, answers = render(tokenizer, prompt), []
+        tails = [before + response + after for response in responses]
         texts = [text, *(text + tail for tail in tails)]
         head, *joined = tokenizer(texts, add_special_tokens=False)["input_ids"]
 
@@ -1330,7 +1374,7 @@ def read_dataset(source, flag, seed):
 
 def read_row(entry, where, need):
     """A dataset's row, checked for what it must have. → (prompt, [y0, y1], pair as in a Row)"""
-    if entry.get("chosen") and entry.get("rejected"):
+    if entry.get("chosen") and entry.get("rejected") and entry.get("response_0") is None:
         entry = {"better_response_id": 0, **entry}
         for name, value in (("response_0", entry["chosen"]), ("response_1", entry["rejected"])):
             if isinstance(value, list):  # messages, which end with the response
@@ -1344,7 +1388,8 @@ def read_row(entry, where, need):
             refuse(f"{where}: column {name} is missing; needed: {', '.join(need)}")
         right = isinstance(value, str)
         if name == "prompt" and isinstance(value, list):
-            right, rule = value[-1].get("role") == "user", "text, or messages, the last a user's"
+            rule = "text, or messages, the last a user's"
+            right = len(value) > 0 and value[-1].get("role") == "user"
         if name in COLUMNS[3:]:
             right, rule = value in (0, 1), "0 or 1, or true or false"
         if not right:
@@ -1367,12 +1412,12 @@ def load_rows(cfg, tokenizer, source, flag, need):
     examples, pairs, prompts, used = [], [], {}, 0
     for number, entry in enumerate(read_dataset(source, flag, cfg.seed), 1):
         prompt, texts, pair = read_row(entry, f"--{flag} {source}, row {number}", need)
-        examples.append((prompt, texts, [True] * len(texts)))
+        examples.append((prompt, texts))
         pairs.append(pair)
     with refusing(f"--{flag} {source}: a prompt does not fit the chat template", "mend the data"):
         ids, counts = encode(tokenizer, examples, cfg.max_length)
 
-    for (prompt, texts, _), (head, answers), pair in zip(examples, ids, pairs):
+    for (prompt, texts), (head, answers), pair in zip(examples, ids, pairs):
         if not prompt or not all(text.strip() for text in texts):
             counts["with an empty prompt or response"] += 1
         elif len(head) >= cfg.max_length:
@@ -1409,7 +1454,7 @@ def load_run(cfg, out):
     source = getattr(cfg, flag)
     if source.startswith("{"):
         source = transformers.ByT5Tokenizer()
-        if cfg.dataset.startswith("tiny"):
+        if cfg.dataset.split(":")[0] == "tiny":
             source = tiny_tokenizer()
     with refusing(f"--{flag} {source}: cannot be loaded"):
         tokenizer = load_tokenizer(source, cfg.template)
@@ -1418,9 +1463,9 @@ def load_run(cfg, out):
         refuse(f"--{flag}: {len(tokenizer)} tokens, but the model's vocab_size is {size}")
 
     need = COLUMNS[:3]  # the labels of a given model are not needed
-    if not cfg.reward_model:
+    if not cfg.reward_model or cfg.method == "pecan":
         need += COLUMNS[3:4]
-    if not cfg.cost_model:
+    if not cfg.cost_model or cfg.method == "pecan":
         need += COLUMNS[4:]
     prompts = load_rows(cfg, tokenizer, cfg.dataset, "dataset", need)
     order = torch.randperm(len(prompts), generator=seeded("split", cfg.seed))
@@ -1431,10 +1476,10 @@ def load_run(cfg, out):
     table, rest = prompts[:fifth], prompts[fifth:]
     if cfg.eval_dataset:
         table = load_rows(cfg, tokenizer, cfg.eval_dataset, "eval_dataset", COLUMNS[:1])
-        taken = [rows[0].prompt for rows in table]
-        rest = [rows for rows in prompts if rows[0].prompt not in taken]
+        taken = {str(rows[0].prompt) for rows in table}
+        rest = [rows for rows in prompts if str(rows[0].prompt) not in taken]
     table, few = table[: min(cfg.eval_prompts, most)], min(cfg.lambda_prompts, fifth, most)
-    if min(len(table), few) < 2:
+    if min(len(table), few, len(rest) - few) < 2:
         refuse(f"--dataset {cfg.dataset}: {len(prompts)} prompts are too few; give 10 or more")
 
     train, held_out = list(chain(*rest[few:]))[:most], list(chain(*table))
@@ -1553,7 +1598,7 @@ def begin_loop(run, reference, loop):
             kept = torch.load(file, "cpu", weights_only=True, mmap=True)
         policy.model.load_state_dict(kept["model"])
         policy.optimizer.load_state_dict(kept["optimizer"])
-        policy.done, loop = kept["done"], kept["loop"]
+        policy.done, loop = kept["done"], copy.deepcopy(kept["loop"])  # from the mapped file
         say(f"policy: going on behind iteration {len(loop.history) - 1}")
     return policy, loop
 
@@ -1561,7 +1606,7 @@ def begin_loop(run, reference, loop):
 def save_loop(run, policy, loop):
     """Keep the history, and all that the next iteration needs; each process its own shards."""
     write(run.out / "metrics.jsonl", loop.history)
-    if run.cfg.no_checkpoint:
+    if run.cfg.no_checkpoint or len(loop.history) == run.cfg.iterations:
         return
     older = list((run.out / "training").glob("*"))
     state = {"model": policy.model.state_dict(), "optimizer": policy.optimizer.state_dict()}
@@ -1591,9 +1636,10 @@ def parse(argv):
         with refusing(f"--config {path}", "it must be a JSON file: one object of settings"):
             settings = json.loads(Path(path).read_text(encoding="utf-8")).items()
         for key, value in settings:
-            flags.append(f"--{key}")
-            for part in value if isinstance(value, list) else [value]:
-                flags.append(json.dumps(part) if isinstance(part, dict) else str(part))
+            values = value if isinstance(value, list) else [value]
+            texts = [json.dumps(part) if isinstance(part, dict) else str(part) for part in values]
+            if value is not None:
+                flags += [f"--{key}", *texts]
 
     values = vars(parser.parse_args(flags + argv))
     del values["config"]
@@ -1613,6 +1659,8 @@ def check_settings(cfg):
         refuse("--lambda_init, --lambda_lr and --lambdas must be at least 0")
     if not 0.5 <= cfg.cost_confidence < 1:
         refuse(f"--cost_confidence is {cfg.cost_confidence}; it must be 0.5 or more, below 1")
+    if min(cfg.lambda_samples, cfg.dual_samples) < 2:
+        refuse("--lambda_samples and --dual_samples must be at least 2")
     if cfg.template and cfg.template.count("{prompt}") != 1:
         refuse("--template must contain {prompt} once")
     if cfg.method == "pecan" and cfg.margin is None:
@@ -1623,9 +1671,12 @@ def check_settings(cfg):
         refuse("--cpu_offload needs a GPU; leave it out")
 
 
+# Settings that a run may go on without; what a run leaves, besides its config.json
 FREE = {"lambdas", "compare", "eval_prompts", "eval_samples", "overwrite", "output_dir"}
+FREE |= {"tokens_per_batch", "sample_tokens", "gradient_checkpointing", "cpu_offload"}
+FREE |= {"no_checkpoint"}
 OURS = "sft reward_model cost_model helpful safe policy lambda-* iterate training results.json "
-OURS += "metrics.jsonl samples.jsonl config.json scores.pt reference_samples.pt *.tmp"
+OURS += "metrics.jsonl samples.jsonl scores.pt reference_samples.pt *.tmp"
 
 
 def open_folder(cfg):
@@ -1637,17 +1688,18 @@ def open_folder(cfg):
     if found - {"config.json.tmp"}:
         with refusing(f"--output_dir {out} holds no run of this program", "name another folder"):
             kept = json.loads((out / "config.json").read_text())
-            kept["output_dir"]
+            kept["output_dir"]  # or it is a config of something else
         for name in settings.keys() - FREE:
             if kept.get(name) != settings[name]:
                 changed += f"{name} was {kept.get(name)!r}, is {settings[name]!r}; "
 
     gather(None)  # all have read the old settings before the new ones are written
     if cfg.overwrite:
-        given = (cfg.sft_model, cfg.reward_model, cfg.cost_model)
+        names = (cfg.model, cfg.sft_model, cfg.reward_model, cfg.cost_model, *(cfg.compare or ()))
+        given = [Path(name).resolve() for name in names if name]
         for pattern in OURS.split():
-            remove(*(path for path in out.glob(pattern) if str(path) not in given))
-    elif changed:
+            remove(*(path for path in out.glob(pattern) if path.resolve() not in given))
+    elif changed and found != {"config.json"}:  # a run that was refused may be corrected
         mend = "go on with those, discard them by --overwrite, or name another folder and reuse"
         for flag, name in (("sft", "sft"), ("reward", "reward_model"), ("cost", "cost_model")):
             if (out / name).exists():
@@ -1658,24 +1710,27 @@ def open_folder(cfg):
 
 
 def try_score_model(run, flag, source, loss_fn):
-    """Say how a score model ranks held-out pairs; refuse one that ranks them the wrong way."""
+    """Say how a score model ranks held-out pairs; refuse a cost that ranks safe above unsafe."""
     rows, right = [], []
     for row in run.held_out:
-        if len(row.pairs) and (flag == "reward_model" or row.pairs[0, 4]):
+        known = len(row.pairs) and not run.cfg.reward_model  # or help labels were not asked for
+        if flag == "cost_model":
+            known = len(row.pairs) and row.pairs[0, 4]
+        if known:
             rows.append(row)
-    for row, values in zip(rows, score_texts(run, flag, source, rows) if rows else ()):
-        right += [float(loss_fn(row, values)[1])] * len(row.pairs)
-    if not right:
+    if not rows:
         say(f"{flag}: no labels at hand; what its scores mean is unchecked (a cost: above 0 harms)")
         return
 
+    for row, values in zip(rows, score_texts(run, flag, source, rows)):
+        right += [float(loss_fn(row, values)[1])] * len(row.pairs)
     accuracy = sum(right) / len(right)
     say(f"{flag}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs")
-    if accuracy + 0.98 / math.sqrt(len(rows)) < 0.5:  # at 95%, rows apart
-        refuse(
-            f"--{flag} {source}: it ranks {1 - accuracy:.0%} of held-out pairs the wrong way round;"
-            " a cost is above 0 for harm: is it a harmlessness reward, or are the two exchanged?"
-        )
+    surely_below = accuracy + 0.98 / math.sqrt(len(rows)) < 0.5  # at 95%, rows apart
+    if flag == "cost_model" and surely_below:
+        wrong = f"it ranks {1 - accuracy:.0%} of held-out pairs the wrong way round"
+        mend = "a cost is above 0 for harm: is it a harmlessness reward? give its negative"
+        refuse(f"--{flag} {source}: {wrong}; {mend}")
 
 
 def run_all(run):
@@ -1711,9 +1766,7 @@ def run_all(run):
     for lam in cfg.lambdas or ():
         name = f"λ = {lam:.9g}" if lam else "DPO"
         if name not in policies:
-            folder, loss_fn = f"lambda-{lam:.9g}", relabelled_dpo(cfg, lam, name)
-            path = train_stage(run, folder, reference, problem.rows, loss_fn, dpo=True)
-            policies[name] = path, lam
+            policies[name] = one_shot(run, problem, lam, f"lambda-{lam:.9g}")
     for path in cfg.compare or ():
         policies[f"./{path}" if path in policies else path] = path, None
     if cfg.reward_model and cfg.cost_model:  # they judge PeCAN's policy, too

@@ -652,7 +652,7 @@ def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_ends_wi
         tokenizer = cdpo.load_tokenizer(chat_tokenizer(own))
         template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
         for prompt, messages in (("Hi", MULTI_TURN[:1]), (MULTI_TURN, MULTI_TURN)):
-            example = (prompt, answers, [True, True])
+            example = (prompt, answers)
             [(head, ys)], counts = cdpo.encode(tokenizer, [example])
             [(_, whole)], _ = cdpo.encode(tokenizer, [example], whole=True)
             assert head == template(messages, add_generation_prompt=True) and not counts
@@ -665,7 +665,7 @@ def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_ends_wi
 def test_a_date_in_a_template_is_pinned():
     dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
     tokenizer = cdpo.load_tokenizer(chat_tokenizer(dated + CHATML))
-    [(head, _)], _ = cdpo.encode(tokenizer, [("How?", [], [])])
+    [(head, _)], _ = cdpo.encode(tokenizer, [("How?", [])])
     assert re.match(r"\d\d \w{3} 20(1\d|2[0-5])<", tokenizer.decode(head))  # a past year
 
 
@@ -678,22 +678,21 @@ def test_a_tokenizer_without_a_template_gets_beavers_and_a_given_one_wins(tmp_pa
         cdpo.load_tokenizer(make(), given).save_pretrained(tmp_path)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)  # as of an exported policy
         plain = functools.partial(tokenizer.encode, add_special_tokens=False)
-        [(head, [y])], _ = cdpo.encode(tokenizer, [(prompt, ["bé"], [True])])
+        [(head, [y])], _ = cdpo.encode(tokenizer, [(prompt, ["bé"])])
         assert head == plain(text.replace("{prompt}", prompt))
         assert y == [*plain("bé"), tokenizer.eos_token_id]
-        [(head, _)], _ = cdpo.encode(tokenizer, [(MULTI_TURN, [], [])])
+        [(head, _)], _ = cdpo.encode(tokenizer, [(MULTI_TURN, [])])
         assert f"Hello.{tokenizer.eos_token}" in tokenizer.decode(head)  # an earlier turn's end
 
 
 def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end():
     tokenizer = cdpo.load_tokenizer(transformers.ByT5Tokenizer(), "Q {prompt}:")
-    example = ("a", ["bé", "b" * 50, "bc"], [True, True, False])
-    [(head, ys)], counts = cdpo.encode(tokenizer, [example], 9)
+    [(head, ys)], counts = cdpo.encode(tokenizer, [("a", ["bé", "b" * 50])], 9)
     assert [chr(i - 3) for i in head] == list("Q a:")
-    assert ys == [[101, 0xC3 + 3, 0xA9 + 3, 1], [101] * 5, [101, 102]]
+    assert ys == [[101, 0xC3 + 3, 0xA9 + 3, 1], [101] * 5]
     assert counts == {"responses cut to --max_length": 1}
     tokenizer = cdpo.load_tokenizer(chat_tokenizer())
-    [(_, [y])], counts = cdpo.encode(tokenizer, [("Q", ["\n\nHi"], [True])])  # its newlines merge
+    [(_, [y])], counts = cdpo.encode(tokenizer, [("Q", ["\n\nHi"])])  # its newlines merge
     assert counts.total() == 1 and tokenizer.decode(y) == "\n\nHi<|im_end|>"
 
 
@@ -944,7 +943,7 @@ def enumerated_world(folder, prompts, given):
     words, tables = list(cdpo.TINY_WORDS), []
     answers = [" ".join(ws) for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)]
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    rows, _ = cdpo.encode(tokenizer, [(x, answers, [True] * 584) for x in prompts])
+    rows, _ = cdpo.encode(tokenizer, [(x, answers) for x in prompts])
     parts = [(head, ys[i : i + 73]) for head, ys in rows for i in range(0, 584, 73)]
     rows = [cdpo.Row("x", [""] * 73, ids, []) for ids in parts]
     for name in ("sft", "policy", "reward_model", "cost_model"):
@@ -1026,7 +1025,7 @@ def test_an_exported_chat_model_gives_plain_transformers_the_log_probs_of_traini
     tokenizer, answers = cdpo.load_tokenizer(chat_tokenizer()), ["the answer", " No\n"]
     run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [], [])
     model = tiny_model("llama", vocab_size=280)
-    rows, _ = cdpo.encode(tokenizer, [(MULTI_TURN, answers, [True, True])])
+    rows, _ = cdpo.encode(tokenizer, [(MULTI_TURN, answers)])
     logps = cdpo.sequence_logps(model, cdpo.collate_rows(rows)).tolist()
     cdpo.export(run, model, tmp_path / "policy")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
