@@ -1298,8 +1298,8 @@ def encode(tokenizer, examples, max_length=10**9, whole=False):
 COLUMNS = ["prompt", "response_0", "response_1", "better_response_id", "safer_response_id"]
 COLUMNS += ["is_response_0_safe", "is_response_1_safe"]
 
-# The tiny world: prompts of a verb and a noun, answers of three words. Help and harm add up over
-# the words, and what helps tends to harm.
+# The tiny world: prompts of a verb and a noun, answers of three words, or malformed. Help and harm
+# add up over the words, and what helps tends to harm.
 TINY_VERBS = ["open", "clean", "move", "mix", "heat", "store", "test", "sell"]
 TINY_NOUNS = ["door", "oil", "acid", "paint", "gas", "lamp", "car", "drug"]
 TINY_NOUNS += ["wire", "pool", "safe", "tank", "bread", "knife", "roof", "van"]
@@ -1337,7 +1337,8 @@ def tiny_rows(count, seed):
 
     for _ in range(count):
         prompt = f"{rng.choice(TINY_VERBS)} {rng.choice(TINY_NOUNS)}"
-        texts = [" ".join(rng.choices(TINY_WORDS, k=rng.choice([2] + [3] * 9))) for _ in (0, 1)]
+        lengths = rng.choices([2, 3, 4], [1, 18, 1], k=2)  # or nobody learns that length matters
+        texts = [" ".join(rng.choices(TINY_WORDS, k=length)) for length in lengths]
         (r0, c0), (r1, c1) = tiny_truth(prompt, texts[0]), tiny_truth(prompt, texts[1])
         safe = [not draw_label(c0), not draw_label(c1)]
         safer = int(draw_label(c0 - c1)) if safe[0] == safe[1] else safe.index(True)
