@@ -740,6 +740,7 @@ def train(cfg, trainee, steps, loss_fn):
         if not math.isfinite(loss + norm):
             what = f"{trainee.name}: the loss or its gradient is not finite at step {trainee.done}"
             refuse(f"{what}; lower the learning rate, or mend the data", code=1)
+
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -752,6 +753,7 @@ def train(cfg, trainee, steps, loss_fn):
     if GPU:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+
     loss, accuracy, pairs, tokens = torch.tensor(history, dtype=torch.double).mean(dim=0).tolist()
     pairs, tokens = pairs * len(steps) / seconds, tokens * len(steps) / seconds
     text = f"loss {history[0][0]:.4f} at first, {loss:.4f} on average, {pairs:,.1f} pairs/s, "
@@ -773,6 +775,7 @@ def train_stage(run, name, source, rows, loss_fn, new_head=False, dpo=False):
     if path.exists():
         say(f"{name}: found in {path}")
         return path
+
     count = math.ceil(len(rows) / cfg.batch_size)  # score models overfit in a second pass
     if dpo:
         count = cfg.iterations * cfg.dpo_steps
@@ -928,6 +931,7 @@ def sample_batch(model, prompts, count, end, max_new_tokens, generator):
         target = uniform[held, step, None] * cumulative[:, -1:]  # the sum is 1 but for rounding
         ids = torch.searchsorted(cumulative, target, right=True)
         responses[held, step] = ids[:, 0]
+
         running = (responses[held, : step + 1] != end).all(dim=1)
         left = int(running.sum())
         if left == 0:
@@ -957,6 +961,7 @@ def measure(run, models, source, prompts, count, key):
     groups, rows = micro_batches(drafts, cfg.sample_tokens // count), []
     drawn = shared_out(groups, f"sampling {Path(source).name}", draw)
     model = None  # the memory is for the next ones
+
     for prompt, draft, answers in zip(prompts, drafts, drawn):
         fit = max(1, (cfg.row_length - len(draft.ids[0])) // cfg.max_new_tokens)
         for i in range(0, count, fit):
@@ -1003,11 +1008,13 @@ def evaluate(run, problem, models, policies):
         row = {"name": name, "lambda": lam} | numbers_of(run, samples)
         if not rows:
             sft = samples  # the first, which the others are held against
+
         for key, sign in (("reward", 1), ("cost", -1)):  # of all couples; a tie is half
             values, others = getattr(samples, key), getattr(sft, key)
             difference = sign * (values[:, :, None] - others[:, None, :])
             wins = (0.5 + 0.5 * difference.sign()).flatten(1)
             row |= {f"{key}_win_rate": float(wins.mean()), f"{key}_win_rate_ci95": ci95(wins)}
+
         if lam is not None and models == problem.models:  # what was promised before any training
             found = predict(problem.dual.reward, problem.dual.cost, lam, run.cfg.beta)
             row |= {f"predicted_{key}": value for key, value in found.items()}
@@ -1440,7 +1447,9 @@ def load_rows(cfg, tokenizer, source, flag, need):
                 numbers = [rows[-1].responses.index(texts[i]) for i in pair[:4]]
                 rows[-1].pairs.append(numbers + pair[4:])
 
-    notes = "".join(f", {n} {what}" for what, n in counts.items())
+    notes = ""
+    for what, n in counts.items():
+        notes += f", {n} {what}"
     say(f"{source}: {len(pairs)} rows of {len(prompts)} prompts, {used} used{notes}")
     if used * 2 < len(pairs) or not used:
         refuse(f"--{flag} {source}: too few of {len(pairs)} rows can be used{notes}; mend the data")
@@ -1685,7 +1694,7 @@ def open_folder(cfg):
     out, settings, changed = Path(cfg.output_dir), asdict(cfg), ""
     with refusing(f"--output_dir {out} cannot be written", "name another folder"):
         out.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in out.iterdir()}
+        found = set(os.listdir(out))
     if found - {"config.json.tmp"}:
         with refusing(f"--output_dir {out} holds no run of this program", "name another folder"):
             kept = json.loads((out / "config.json").read_text())

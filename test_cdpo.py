@@ -34,9 +34,8 @@ from cdpo import dpo_loss, estimate, relabel, solve_dual
 
 F64 = functools.partial(torch.tensor, dtype=torch.float64)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+
 
 # ---- C-DPO in 30 lines ---------------------------------------------------------------------------
 
