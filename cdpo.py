@@ -513,13 +513,12 @@ def pose(run, models):
 
 
 def first_lambda(cfg, problem):
-    """λ at the minimum of the dual (9) on samples of π_ref; says what some λ promise there."""
+    """λ at the minimum of the dual (9) on samples of π_ref; says what it promises there."""
     lam, dual = cfg.lambda_init, problem.dual
     if lam is None:
         with refusing("no first λ", "raise the limit, lower --beta, or draw more --dual_samples"):
             lam = solve_dual(dual.reward, dual.cost, cfg.beta, problem.cost_limit)
-    for value in sorted({0.0, lam / 2, lam, 2 * lam}):
-        report(cfg, dual, value)
+    report(cfg, dual, lam)
     return lam
 
 
@@ -535,16 +534,15 @@ def report(cfg, samples, lam):
     prob = relabel(reward[:, pairs].flatten(0, 1), cost[:, pairs].flatten(0, 1), lam)
     certain = float(((prob - 0.5).abs() > 0.45).float().mean())
 
-    say(
-        f"  λ {lam:.4f} promises cost {found['cost']:+.3f}, reward {found['reward']:+.3f}, by "
-        f"{found['ess']:.1f} effective samples of {m}, KL {found['kl']:.2f} of {math.log(m):.2f} "
-        f"that they can show; {certain:.0%} of labels beyond 0.95; within a prompt reward "
-        f"± {reward.std(dim=1).mean():.2f}, cost ± {cost.std(dim=1).mean():.2f}"
-    )
+    ess, kl = found["ess"], found["kl"]
+    text = f"  λ {lam:.4f} promises cost {found['cost']:+.3f}, reward {found['reward']:+.3f}, by "
+    say(text + f"{ess:.1f} effective samples of {m}; KL {kl:.2f}, they can show {math.log(m):.2f}")
+    text = f"  within a prompt reward ± {reward.std(dim=1).mean():.2f}, "
+    say(text + f"cost ± {cost.std(dim=1).mean():.2f}; {certain:.0%} of labels beyond 0.95")
     if certain > 0.5:
         scale = float((reward - lam * cost).std(dim=1).mean())
         say(f"  warning: most labels are certain: scale score heads and limit by 1/{scale:.1g}")
-    if found["ess"] < 2:
+    if ess < 2:
         say("  warning: this rests on single samples: raise --beta, or draw more")
 
 
@@ -895,8 +893,10 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        """Keep some rows."""
-        self.store = [stored[indices] for stored in self.store]
+        """Keep some rows; the old ones are freed, layer by layer."""
+        end = self.keys.shape[2]
+        self.store = [states[indices] for states in self.store]
+        self.keys, self.values = self.store[0][:, :, :end], self.store[1][:, :, :end]
 
 
 @torch.inference_mode()
