@@ -880,23 +880,25 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
         for states in (prompts.keys, prompts.values):  # (prompts, heads, tokens, width)
             states = nn.functional.pad(states, (0, 0, 0, room))
             self.store.append(states.repeat_interleave(count, dim=0))
-        self.keys, self.values = prompts.keys, prompts.values
+        self.show(prompts.keys.shape[2])
+
+    def show(self, end):
+        """What attention sees: views, so that nothing of an older store stays in memory."""
+        self.keys, self.values = self.store[0][:, :, :end], self.store[1][:, :, :end]
 
     def update(self, keys, values, *_, **__):
         """Write the newest token's behind the others."""
         start = self.keys.shape[2]
         end = start + keys.shape[2]
-        all_keys, all_values = self.store
-        all_keys[:, :, start:end] = keys
-        all_values[:, :, start:end] = values
-        self.keys, self.values = all_keys[:, :, :end], all_values[:, :, :end]
+        self.store[0][:, :, start:end] = keys
+        self.store[1][:, :, start:end] = values
+        self.show(end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        """Keep some rows; the old ones are freed, layer by layer."""
-        end = self.keys.shape[2]
+        """Keep some rows."""
         self.store = [states[indices] for states in self.store]
-        self.keys, self.values = self.store[0][:, :, :end], self.store[1][:, :, :end]
+        self.show(self.keys.shape[2])
 
 
 @torch.inference_mode()
@@ -923,7 +925,8 @@ def sample_batch(model, prompts, count, end, max_new_tokens, generator):
         inputs["position_ids"] = (column - padding).clamp(min=0)[:, -ids.shape[1] :]
         logits = model(ids, **inputs, logits_to_keep=1).logits[:, -1]
         if step == 0:  # a prompt is read once for all of its responses
-            cache.layers = [RoomyLayer(layer, count, max_new_tokens) for layer in cache.layers]
+            for i, layer in enumerate(cache.layers):  # in turn, so that one at most is there twice
+                cache.layers[i] = RoomyLayer(layer, count, max_new_tokens)
             logits = logits.repeat_interleave(count, dim=0)
             padding = padding.repeat_interleave(count, dim=0)
 
