@@ -584,7 +584,9 @@ def relabelled_dpo(cfg, lam, key):
 
     def loss_fn(row, logps):
         pairs, (reward, cost, _) = pairs_of(row, cfg.all_pairs), row.scores
-        generator = seeded("labels", cfg.seed, key, row.ids)
+        generator = None
+        if cfg.labels == "sample":
+            generator = seeded("labels", cfg.seed, key, row.ids)
         prob = relabel(reward[pairs], cost[pairs], lam, cfg.labels, generator)  # (12)
         return preference_loss(row, logps, pairs, prob, cfg.beta)
 
@@ -595,6 +597,8 @@ def pairs_of(row, all_pairs):
     """Index pairs (P, 2) of responses for DPO: the dataset's, or all of different responses."""
     if len(row.pairs) and not all_pairs:
         return row.pairs[:, :2]
+    if len(row.pairs):  # a dataset's responses are different ones
+        return torch.combinations(torch.arange(len(row.responses)))
     ids, pairs = row.ids[1], []
     for i, j in combinations(range(len(ids)), 2):
         if ids[i] != ids[j]:
@@ -725,10 +729,11 @@ def train(cfg, trainee, steps, loss_fn):
         for group in groups[RANK::WORLD]:
             batch = [step[i] for i in group] or step[:1]
             outputs = model(collate_rows([row.ids for row in batch])).cpu()
-            mean = torch.zeros(2)
-            for row, output in zip(batch, outputs.split([len(row.responses) for row in batch])):
-                mean = mean + torch.stack(loss_fn(row, output)) * row.weight / total
-            mean = mean * len(group) / len(batch)  # nothing, where only other ranks have work
+            outputs = outputs.split([len(row.responses) for row in batch])
+            losses = [torch.stack(loss_fn(row, output)) for row, output in zip(batch, outputs)]
+            weights = torch.tensor([row.weight for row in batch]) / total
+            weights *= len(group) / len(batch)  # nothing, where only other ranks have work
+            mean = weights @ torch.stack(losses)
             (mean[0] * WORLD).backward()  # FSDP2 averages over the ranks
             sums += mean.detach()
 
@@ -1420,15 +1425,19 @@ def load_rows(cfg, tokenizer, source, flag, need):
     A prompt has several rows where its responses would make one longer than --row_length; the two
     of a pair are in the same.
     """
-    examples, pairs, prompts, used = [], [], {}, 0
+    entries, different, encoded, prompts, used = [], {}, {}, {}, 0
     for number, entry in enumerate(read_dataset(source, flag, cfg.seed), 1):
         prompt, texts, pair = read_row(entry, f"--{flag} {source}, row {number}", need)
-        examples.append((prompt, texts))
-        pairs.append(pair)
+        entries.append((prompt, texts, pair))
+        different.setdefault(str(prompt), (prompt, {}))[1].update(dict.fromkeys(texts))
     with refusing(f"--{flag} {source}: a prompt does not fit the chat template", "mend the data"):
-        ids, counts = encode(tokenizer, examples, cfg.max_length)
+        ids, counts = encode(tokenizer, different.values(), cfg.max_length)
+    for key, (head, answers) in zip(different, ids):
+        encoded[key] = head, dict(zip(different[key][1], answers))
 
-    for (prompt, texts), (head, answers), pair in zip(examples, ids, pairs):
+    for prompt, texts, pair in entries:
+        head, answers = encoded[str(prompt)]
+        answers = [answers[text] for text in texts]
         if not prompt or not all(text.strip() for text in texts):
             counts["with an empty prompt or response"] += 1
         elif len(head) >= cfg.max_length:
@@ -1453,9 +1462,10 @@ def load_rows(cfg, tokenizer, source, flag, need):
     notes = ""
     for what, n in counts.items():
         notes += f", {n} {what}"
-    say(f"{source}: {len(pairs)} rows of {len(prompts)} prompts, {used} used{notes}")
-    if used * 2 < len(pairs) or not used:
-        refuse(f"--{flag} {source}: too few of {len(pairs)} rows can be used{notes}; mend the data")
+    say(f"{source}: {len(entries)} rows of {len(prompts)} prompts, {used} used{notes}")
+    if used * 2 < len(entries) or not used:
+        too_few = f"too few of {len(entries)} rows can be used{notes}"
+        refuse(f"--{flag} {source}: {too_few}; mend the data")
     for rows in prompts.values():
         rows[:] = [replace(row, pairs=torch.tensor(row.pairs).view(-1, 6)) for row in rows]
     return list(prompts.values())
