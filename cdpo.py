@@ -629,30 +629,35 @@ def collate_rows(rows, pad_id=0):
     for b, (prompt, responses) in enumerate(rows):
         if not prompt:
             raise ValueError("collate_rows: an empty prompt has no token to predict from")
-        n, end = len(prompt), len(prompt)
-        input_ids[b, :n] = torch.tensor(prompt)
-        position_ids[b, :n] = torch.arange(n)
-        segment[b, :n] = 0
+        start = b * width
+        prompt_end = start + len(prompt) - 1
+        ids, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
 
-        for number, y in enumerate(responses, 1):
-            begin, end = end, end + len(y)
-            input_ids[b, begin:end] = torch.tensor(y)
-            position_ids[b, begin:end] = torch.arange(n, n + len(y))
-            segment[b, begin:end] = number
-            # The first token is predicted from the prompt's end, each other from the one before
-            before = [n - 1, *range(begin, end)]
-            source += [b * width + i for i in before[: len(y)]]
-            target += y
-            owner += [len(last)] * len(y)
-            last.append(b * width + before[len(y)])
+        for i, response in enumerate(responses, 1):
+            first = start + len(ids)
+            before = [prompt_end, *range(first, first + len(response) - 1)]
+            source += before[: len(response)]
+            target += response
+            owner += [len(last)] * len(response)
+            last.append(first + len(response) - 1 if response else prompt_end)
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            segments += [i] * len(response)
+
+        input_ids[b, : len(ids)] = torch.tensor(ids)
+        position_ids[b, : len(ids)] = torch.tensor(positions)
+        segment[b, : len(ids)] = torch.tensor(segments)
 
     column = torch.arange(width)
     same = segment[:, :, None] == segment[:, None, :]  # padding sees padding: no row without a key
     seen = (same | (segment == 0)[:, None, :]) & (column[:, None] >= column)
-    batch = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": seen[:, None]}
-    for name, values in zip(("source", "target", "owner", "last"), (source, target, owner, last)):
-        batch[name] = torch.tensor(values, dtype=torch.long)
-    return batch
+    indices = {"source": source, "target": target, "owner": owner, "last": last}
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": seen[:, None],
+        **{name: torch.tensor(values, dtype=torch.long) for name, values in indices.items()},
+    }
 
 
 def sequence_logps(model, batch):
