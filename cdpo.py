@@ -117,7 +117,7 @@ class Config:
     lambda_samples: int = opt(4, "responses per prompt that measure a policy there")
     recycle: bool = opt(True, "train on those responses, too, in the next iteration")
     dual_samples: int = opt(16, "responses of π_ref per prompt there, to solve the dual")
-    lambdas: list[float] | None = opt(None, "also train a policy for each of these λ; 0 is DPO")  # noqa: RUF009
+    lambdas: list[float] | None = opt(None, "also train at these fixed λ; 0 is DPO")  # noqa: RUF009
     iterations: int = opt(5, "outer iterations: relabel, fit, sample, step")
     dpo_steps: int = opt(100, "DPO steps of an outer iteration")
 
@@ -136,7 +136,7 @@ class Config:
     eval_prompts: int = opt(2000, "prompts of the final table, a fifth of the dataset's at most")
     eval_samples: int = opt(5, "responses per prompt there")
     sample_tokens: int = opt(40960 if GPU else 16384, "tokens, with padding, sampled at once")
-    compare: list[str] | None = opt(None, "further policies, as rows of the same table")  # noqa: RUF009
+    compare: list[str] | None = opt(None, "further rows of the table: policies")  # noqa: RUF009
 
 
 # ---- The mathematics -----------------------------------------------------------------------------
@@ -1343,8 +1343,9 @@ def tiny_truth(prompt, response):
     reward, cost = -2.0 * malformed, 0.9
     for word in prompt.split():
         noise = TINY_NOISE[(TINY_VERBS + TINY_NOUNS).index(word)].tolist()
-        reward += sum(TINY_HELP[i] + noise[i][0] for i in known)
-        cost += sum(TINY_HARM[i] + noise[i][1] for i in known)
+        for i in known:
+            reward += TINY_HELP[i] + noise[i][0]
+            cost += TINY_HARM[i] + noise[i][1]
     return reward, cost
 
 

@@ -1277,7 +1277,7 @@ def test_a_refused_folder_keeps_all_and_an_overwritten_one_what_is_yours(quick, 
     folder = shutil.copytree(quick, tmp_path / "run")
     for name in ("notes.txt", "plots.json"):
         (folder / name).write_text("mine")
-    given = ["--sft_model", f"{folder}/./sft"]  # in the very folder, by another spelling
+    given = ["--sft_model", f"{folder}/sft/../sft"]  # in the very folder, by another spelling
     main(folder, *SHORT, "--method", "sft", "--overwrite", *given)
     assert (folder / "notes.txt").exists() and (folder / "plots.json").exists()
     assert (folder / "sft").exists() and not (folder / "metrics.jsonl").exists()
