@@ -25,7 +25,8 @@ Equation numbers are those of 2403.02475. Where this program departs from the pa
     where the policy keeps lagging behind: no step size. (--lambda_step gradient is (14).)
  6. The policy and its optimizer are carried from one λ to the next, and the learning rate falls
     over the second half of the loop.
- 7. The samples that measure the cost are trained on in the next iteration. (--no_recycle)
+ 7. The samples that measure the cost are trained on in the next iteration; the prompts of the
+    final table are not. (--no_recycle)
  8. Of the iterates the best is kept, by objective (6) less an exact penalty for cost over the
     limit.
 
@@ -109,11 +110,11 @@ class Config:
     all_pairs: bool = opt(True, "DPO on all pairs of a prompt's responses, not only the dataset's")
     cost_limit: float = opt(0.0, "C_limit: the expected cost may not exceed it")
     margin: float | None = opt(None, "state the limit as E_ref[cost] − margin instead")
-    cost_confidence: float = opt(0.5, "level at which the cost meets the limit; 0.5: its mean")
+    cost_confidence: float = opt(0.5, "level at which C-DPO's cost meets the limit; 0.5: its mean")
     lambda_init: float | None = opt(None, "first λ; default: solves the dual on π_ref")
     lambda_step: Literal["solve", "gradient", "fixed"] = opt("solve", "how λ moves; (14): gradient")
     lambda_lr: float = opt(0.05, "step size of the gradient step")
-    lambda_prompts: int = opt(500, "prompts, none of the dataset's rows, on which λ is found")
+    lambda_prompts: int = opt(500, "prompts kept out of the data, on which λ is found")
     lambda_samples: int = opt(4, "responses per prompt that measure a policy there")
     recycle: bool = opt(True, "train on those responses, too, in the next iteration")
     dual_samples: int = opt(16, "responses of π_ref per prompt there, to solve the dual")
@@ -216,8 +217,8 @@ def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0, log_ratio=None):
     reward, cost (n, m): scores of m samples for each of n prompts, from π_ref or, with log_ratio
     (n, m) = log π/π_ref of the samples, from any policies π. Reweighted, they stand for samples of
     π_λ ∝ π_ref·exp((r − λc)/β) = π·exp((r − λc)/β − log π/π_ref), (11), whose cost falls as λ
-    grows, so that bisection finds λ* at any scale of the scores. → float, 0 for a slack limit.
-    ValueError when a score is not finite, or when no λ ≤ lam_max meets the limit.
+    grows, so that bisection of [0, lam_max] finds λ*. → float, 0 for a slack limit. ValueError
+    when a score is not finite, or when no λ ≤ lam_max meets the limit.
     """
     reward, cost = reward.double(), cost.double()
     log_ratio = torch.zeros_like(cost) if log_ratio is None else log_ratio.double()
@@ -292,25 +293,20 @@ def predict(reward, cost, lam, beta, log_ratio=None):
 # ---- What flows ----------------------------------------------------------------------------------
 
 
-class Scores(NamedTuple):
-    """r, c and log π_ref of a row's responses, (k,) each. There is no λ in them."""
-
-    reward: torch.Tensor
-    cost: torch.Tensor
-    ref_logps: torch.Tensor
-
-
 @dataclass(frozen=True)
 class Row:
     """A prompt with k different responses, or k samples: the unit of everything that is run."""
 
-    prompt: object  # text, or a list of {"role": …, "content": …}
+    prompt: str
     responses: list  # k texts
     ids: tuple  # (prompt_ids, [y0_ids, y1_ids, …]), the policy's tokens
-    # What people compared, each pair as often as they did, (P, 6): which response is the chosen,
-    # rejected, more harmful, less harmful one; the signs of the latter two, 0 where unknown
+    # What people compared, each pair as often as they did, (P, 6): numbers of the 0 chosen,
+    # 1 rejected, 2 more harmful, 3 less harmful response; 4, 5 signs of 2 and 3, 0 where unknown
     pairs: torch.Tensor
-    scores: Scores | None = None  # once they are known
+    # Of the responses, (k,) each, once they are known; there is no λ in them
+    reward: torch.Tensor | None = None
+    cost: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
 
     @property
     def length(self):
@@ -343,15 +339,14 @@ class Models(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage needs; no prompt is in two of the three parts of the data."""
+    """What every stage needs; no prompt of the dataset is in two of the three parts."""
 
     cfg: Config
     out: Path
     tokenizer: transformers.PreTrainedTokenizerBase
     train: list  # rows to train on
     lambda_prompts: list  # where λ is found
-    table_prompts: list  # of the final table
-    held_out: list  # rows with people's labels for those of the table, to try the score models
+    table: list  # rows of the prompts of the final table
 
 
 @dataclass(frozen=True)
@@ -410,11 +405,12 @@ def constrained_dpo(run, problem, lam):
 def next_lambda(cfg, loop, cost_limit):
     """The next λ: closed form on the samples of all iterations, and more while the policy lags.
 
-    Weighted by (11), samples of any policy stand for π_λ with one normaliser, so they are put
-    together, and few of each are enough. That λ belongs to a policy that has converged; one that
-    lags behind costs more, by a gap. Most of it heals by itself: only what lasts is fed back, the
-    gap times its share of the last gap. Errors are to be safe ones: feedback only raises λ, and λ
-    goes down by half of the way.
+    With weights ∝ π_λ/π, (11), the samples of any policy π stand for those of π_λ, so the
+    iterations' are put together, and few of each are enough. That λ suits a policy that has
+    converged to π_λ. One still on its way costs more, by a gap, and closes part of it in the next
+    iteration: after gaps of 0.4 and 0.2 half of the last one, 0.1, is expected to stay, and λ is
+    solved for a limit lower by 0.1. Errors are to be on the safe side: feedback only raises λ, and
+    λ falls by half of the way at most.
     """
     if cfg.lambda_step == "fixed":
         return loop.lam
@@ -426,7 +422,7 @@ def next_lambda(cfg, loop, cost_limit):
     cost = torch.cat([samples.cost for samples in loop.samples], dim=1)
     log_ratio = torch.cat([samples.log_ratio for samples in loop.samples], dim=1)
 
-    gaps = []  # the cost of each policy above that of the π_λ that it was fitted to
+    gaps = []  # how far the cost of each policy is above that of its π_λ
     for entry in loop.history:
         fitted = predict(reward, cost, entry["lambda"], cfg.beta, log_ratio)["cost"]
         gaps.append(entry["cost_bound"] - fitted)
@@ -434,7 +430,7 @@ def next_lambda(cfg, loop, cost_limit):
     if len(gaps) > 1 and min(gaps[-2:]) > 0:
         lasting = gaps[-1] * min(1.0, gaps[-1] / gaps[-2])
 
-    # Feedback may raise λ by half, and by what moves a weight by about a nat: 0 must rise, too
+    # A gap may be noise: it raises λ by half at most, and from 0 by what changes weights e-fold
     most = 1.5 * loop.lam + cfg.beta / max(float(cost.std(dim=1).mean()), 1e-6)
 
     def solve(limit):
@@ -474,7 +470,7 @@ def keep_the_better(run, history, entry, cost_limit):
 
 
 def one_shot(run, problem, lam, name="policy"):
-    """λ is known before training: one fit, as many steps as Algorithm 1 takes. → (policy, λ)
+    """λ is known before training: one fit, as many steps as all of Algorithm 1. → (policy, λ)
 
     MoCAN (2405.19544) where λ minimises the dual (9) on samples of π_ref; DPO where it is 0.
     """
@@ -485,9 +481,7 @@ def one_shot(run, problem, lam, name="policy"):
 def pecan_models(run, reference):
     """PeCAN (2405.19544): r and −c implicit in policies fitted to people's labels. → Models."""
     ref_logps = infer(run.cfg, reference, "model", run.train, "log π_ref")
-    rows = []
-    for row, logps in zip(run.train, ref_logps):
-        rows.append(replace(row, scores=Scores(None, None, logps)))  # there are no r and c yet
+    rows = [replace(row, ref_logps=logps) for row, logps in zip(run.train, ref_logps)]
 
     def dpo_on(winner, loser):
         def loss_fn(row, logps):
@@ -573,7 +567,7 @@ def harm_loss(row, costs):
 
 def preference_loss(row, logps, pairs, prob, beta):
     """(13) on index pairs (P, 2) of a row with P(first ≻ second), (P,)."""
-    policy_logps, ref_logps = logps[pairs], row.scores.ref_logps[pairs]
+    policy_logps, ref_logps = logps[pairs], row.ref_logps[pairs]
     log_ratio = (policy_logps - ref_logps).detach()
     agrees = (log_ratio[:, 0] - log_ratio[:, 1]) * (prob - 0.5) > 0
     return dpo_loss(policy_logps, ref_logps, prob, beta), agrees.float().mean()
@@ -583,11 +577,10 @@ def relabelled_dpo(cfg, lam, key):
     """The loss of (13) on a row's pairs, relabelled for λ. key: of the draw of labels."""
 
     def loss_fn(row, logps):
-        pairs, (reward, cost, _) = pairs_of(row, cfg.all_pairs), row.scores
-        generator = None
+        pairs, generator = pairs_of(row, cfg.all_pairs), None
         if cfg.labels == "sample":
             generator = seeded("labels", cfg.seed, key, row.ids)
-        prob = relabel(reward[pairs], cost[pairs], lam, cfg.labels, generator)  # (12)
+        prob = relabel(row.reward[pairs], row.cost[pairs], lam, cfg.labels, generator)  # (12)
         return preference_loss(row, logps, pairs, prob, cfg.beta)
 
     return loss_fn
@@ -597,8 +590,6 @@ def pairs_of(row, all_pairs):
     """Index pairs (P, 2) of responses for DPO: the dataset's, or all of different responses."""
     if len(row.pairs) and not all_pairs:
         return row.pairs[:, :2]
-    if len(row.pairs):  # a dataset's responses are different ones
-        return torch.combinations(torch.arange(len(row.responses)))
     ids, pairs = row.ids[1], []
     for i, j in combinations(range(len(ids)), 2):
         if ids[i] != ids[j]:
@@ -728,11 +719,11 @@ def train(cfg, trainee, steps, loss_fn):
         warm, fall = (trainee.done + 1) / 10, 2 - 2 * trainee.done / trainee.total_steps
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * min(1.0, warm, fall)
 
-        groups = micro_batches(step, cfg.tokens_per_batch)
+        groups = micro_batches([row.length for row in step], cfg.tokens_per_batch)
         groups += [[]] * (-len(groups) % WORLD)  # a pass of one rank needs one of each other
         total, sums = sum(row.weight for row in step), torch.zeros(2)
         for group in groups[RANK::WORLD]:
-            batch = [step[i] for i in group] or step[:1]
+            batch = [step[i] for i in group] or step[:1]  # any row, for a group without work
             outputs = model(collate_rows([row.ids for row in batch])).cpu()
             outputs = outputs.split([len(row.responses) for row in batch])
             losses = [torch.stack(loss_fn(row, output)) for row, output in zip(batch, outputs)]
@@ -784,10 +775,10 @@ def train_stage(run, name, source, rows, loss_fn, new_head=False, dpo=False):
         say(f"{name}: found in {path}")
         return path
 
-    count = math.ceil(len(rows) / cfg.batch_size)  # score models overfit in a second pass
-    if dpo:
-        count = cfg.iterations * cfg.dpo_steps
-    count = min(count, cfg.max_steps or count)
+    count = cfg.iterations * cfg.dpo_steps  # as many as Algorithm 1 takes
+    if not dpo:
+        count = math.ceil(len(rows) / cfg.batch_size)  # score models overfit in a second pass
+        count = min(count, cfg.max_steps or count)
     trainee = training_model(cfg, name, source, count, new_head, dpo)
     train(cfg, trainee, passes(rows, count, cfg.batch_size, cfg.seed, name), loss_fn)
     return export(run, trainee.model, path)
@@ -802,7 +793,7 @@ def passes(rows, count, size, *key):
 
 def steps_of_iteration(cfg, rows, loop):
     """The rows of each DPO step of an iteration, the newest samples among them."""
-    count = min(cfg.dpo_steps, cfg.max_steps or cfg.dpo_steps)
+    count = cfg.dpo_steps
     steps = passes(rows, count * cfg.iterations, cfg.batch_size, cfg.seed, "policy")
     steps = steps[len(loop.history) * count :][:count]
     if cfg.recycle and loop.samples:
@@ -812,11 +803,11 @@ def steps_of_iteration(cfg, rows, loop):
     return steps
 
 
-def micro_batches(rows, budget):
+def micro_batches(lengths, budget):
     """Numbers of rows in groups of similar length, `budget` tokens each with their padding."""
     groups = [[]]
-    for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
-        if groups[-1] and (len(groups[-1]) + 1) * rows[groups[-1][0]].length > budget:
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -843,7 +834,8 @@ def infer(cfg, source, flag, rows, title):
         outputs = function(model, collate_rows([row.ids for row in batch])).float().cpu()
         return outputs.split([len(row.responses) for row in batch])
 
-    values = shared_out(micro_batches(rows, cfg.tokens_per_batch), title, compute)
+    groups = micro_batches([row.length for row in rows], cfg.tokens_per_batch)
+    values = shared_out(groups, title, compute)
     if not torch.isfinite(torch.cat(values)).all():
         refuse(f"--{flag} {source}: {title} is not finite for a response; is the model sound?")
     return values
@@ -864,7 +856,7 @@ def score(run, models, rows):
         if models.implicit:
             r = implicit_reward(r, ref, run.cfg.beta)
             c = -implicit_reward(c, ref, run.cfg.beta)
-        scored.append(replace(row, scores=Scores(r, c, ref)))
+        scored.append(replace(row, reward=r, cost=c, ref_logps=ref))
     return scored
 
 
@@ -875,40 +867,9 @@ def score_texts(run, flag, source, rows):
     # Also an answer that was cut off is given an end: a score model has only learned what an end
     # means, and at another token its head may say anything
     examples = [(row.prompt, row.responses) for row in rows]
-    ids, _ = encode(tokenizer, examples, run.cfg.max_length + run.cfg.max_new_tokens, whole=True)
+    ids, _ = encode(tokenizer, examples, run.cfg.max_length + run.cfg.max_new_tokens)
     rows = [replace(row, ids=own) for row, own in zip(rows, ids)]
     return infer(run.cfg, source, flag, rows, f"scoring by {flag}")
-
-
-class RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """Keys and values with room for the tokens to come: DynamicLayer copies all at every token."""
-
-    def __init__(self, prompts, count, room):
-        """From the layer that read the prompts, each `count` times."""
-        super().__init__()
-        self.is_initialized, self.store = True, []
-        for states in (prompts.keys, prompts.values):  # (prompts, heads, tokens, width)
-            states = nn.functional.pad(states, (0, 0, 0, room))
-            self.store.append(states.repeat_interleave(count, dim=0))
-        self.show(prompts.keys.shape[2])
-
-    def show(self, end):
-        """What attention sees: views, so that nothing of an older store stays in memory."""
-        self.keys, self.values = self.store[0][:, :, :end], self.store[1][:, :, :end]
-
-    def update(self, keys, values, *_, **__):
-        """Write the newest token's behind the others."""
-        start = self.keys.shape[2]
-        end = start + keys.shape[2]
-        self.store[0][:, :, start:end] = keys
-        self.store[1][:, :, start:end] = values
-        self.show(end)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        """Keep some rows."""
-        self.store = [states[indices] for states in self.store]
-        self.show(self.keys.shape[2])
 
 
 @torch.inference_mode()
@@ -935,8 +896,7 @@ def sample_batch(model, prompts, count, end, max_new_tokens, generator):
         inputs["position_ids"] = (column - padding).clamp(min=0)[:, -ids.shape[1] :]
         logits = model(ids, **inputs, logits_to_keep=1).logits[:, -1]
         if step == 0:  # a prompt is read once for all of its responses
-            for i, layer in enumerate(cache.layers):  # in turn, so that one at most is there twice
-                cache.layers[i] = RoomyLayer(layer, count, max_new_tokens)
+            cache.batch_repeat_interleave(count)
             logits = logits.repeat_interleave(count, dim=0)
             padding = padding.repeat_interleave(count, dim=0)
 
@@ -962,35 +922,34 @@ def sample_batch(model, prompts, count, end, max_new_tokens, generator):
 
 def measure(run, models, source, prompts, count, key):
     """`count` responses of a policy to each prompt, scored. → Samples. key: of the random draws."""
-    cfg, tokenizer, end = run.cfg, run.tokenizer, answer_frame(run.tokenizer)[2]
-    model, drafts = load_model(source, "model", cfg.dtype).to(DEVICE), []
-    for head, _ in encode(tokenizer, [(prompt, []) for prompt in prompts])[0]:
-        drafts.append(Row("", [], (head, [[end] * cfg.max_new_tokens]), []))  # as long as it gets
+    cfg, tokenizer, rows = run.cfg, run.tokenizer, []
+    model = load_model(source, "model", cfg.dtype).to(DEVICE)
+    heads = [head for head, _ in encode(tokenizer, [(prompt, []) for prompt in prompts])[0]]
 
     def draw(group, number):
-        heads, generator = [drafts[i].ids[0] for i in group], seeded(cfg.seed, key, number)
-        return sample_batch(model, heads, count, end, cfg.max_new_tokens, generator)
+        generator, end = seeded(cfg.seed, key, number), tokenizer.eos_token_id
+        batch = [heads[i] for i in group]
+        return sample_batch(model, batch, count, end, cfg.max_new_tokens, generator)
 
-    groups, rows = micro_batches(drafts, cfg.sample_tokens // count), []
+    lengths = [len(head) + cfg.max_new_tokens for head in heads]
+    groups = micro_batches(lengths, cfg.sample_tokens // count)
     drawn = shared_out(groups, f"sampling {Path(source).name}", draw)
     model = None  # the memory is for the next ones
 
-    for prompt, draft, answers in zip(prompts, drafts, drawn):
-        fit = max(1, (cfg.row_length - len(draft.ids[0])) // cfg.max_new_tokens)
+    for prompt, head, answers in zip(prompts, heads, drawn):
+        fit = max(1, (cfg.row_length - len(head)) // cfg.max_new_tokens)  # responses of a row
         for i in range(0, count, fit):
-            ids, texts = answers[i : i + fit], []
-            for answer in ids:  # a model's vocabulary may be larger than the tokenizer's
-                known = [token for token in answer if token < len(tokenizer)]
-                texts.append(tokenizer.decode(known, skip_special_tokens=True))
-            rows.append(Row(prompt, texts, (draft.ids[0], ids), []))
+            texts = tokenizer.batch_decode(answers[i : i + fit], skip_special_tokens=True)
+            rows.append(Row(prompt, texts, (head, answers[i : i + fit]), []))
 
     rows = score(run, models, rows)
-    reward, cost, ref_logps = map(torch.cat, zip(*(row.scores for row in rows)))
+    reward = torch.cat([row.reward for row in rows]).view(-1, count)
+    cost = torch.cat([row.cost for row in rows]).view(-1, count)
+    ref_logps = torch.cat([row.ref_logps for row in rows])
     logps = ref_logps
     if str(source) != str(models.reference):
         logps = torch.cat(infer(cfg, source, "model", rows, "log π of samples"))
-    log_ratio = (logps - ref_logps).view(-1, count)
-    return Samples(rows, reward.view(-1, count), cost.view(-1, count), log_ratio)
+    return Samples(rows, reward, cost, (logps - ref_logps).view(-1, count))
 
 
 def numbers_of(run, samples):
@@ -1013,11 +972,11 @@ def numbers_of(run, samples):
     return numbers
 
 
-def evaluate(run, problem, models, policies):
+def evaluate(run, problem, policies):
     """Measure policies {name: (folder, λ)} on the table's prompts; write and print the table."""
-    prompts, rows, lines = run.table_prompts, [], []
+    prompts, rows, lines = list(dict.fromkeys(row.prompt for row in run.table)), [], []
     for name, (path, lam) in policies.items():
-        samples = measure(run, models, path, prompts, run.cfg.eval_samples, "eval")
+        samples = measure(run, problem.models, path, prompts, run.cfg.eval_samples, "eval")
         row = {"name": name, "lambda": lam} | numbers_of(run, samples)
         if not rows:
             sft = samples  # the first, which the others are held against
@@ -1028,13 +987,13 @@ def evaluate(run, problem, models, policies):
             wins = (0.5 + 0.5 * difference.sign()).flatten(1)
             row |= {f"{key}_win_rate": float(wins.mean()), f"{key}_win_rate_ci95": ci95(wins)}
 
-        if lam is not None and models == problem.models:  # what was promised before any training
+        if lam is not None:  # what was promised before any training
             found = predict(problem.dual.reward, problem.dual.cost, lam, run.cfg.beta)
             row |= {f"predicted_{key}": value for key, value in found.items()}
         rows.append(row)
 
         for part in samples.rows:
-            for text, r, c in zip(part.responses, part.scores.reward, part.scores.cost):
+            for text, r, c in zip(part.responses, part.reward, part.cost):
                 line = {"policy": name, "prompt": part.prompt, "response": text}
                 lines.append(line | {"reward": float(r), "cost": float(c)})
     write(run.out / "results.json", rows)
@@ -1044,6 +1003,7 @@ def evaluate(run, problem, models, policies):
     names += "cost_win_rate kl length_mean true_reward_mean true_cost_mean predicted_cost"
     names = [name for name in names.split() if name in set().union(*rows)]
     text = f"| {' | '.join(names)} |\n|{' --- |' * len(names)}\n".replace("_mean", "")
+    # Through JSON, so that numbers inside intervals are shortened, too
     for row in json.loads(json.dumps(rows), parse_float=lambda number: f"{float(number):.3f}"):
         cells = " | ".join(str(row.get(name)) for name in names)
         text += f"| {cells} |\n".replace("'", "").replace("None", "")
@@ -1076,22 +1036,18 @@ class ScoreModel(transformers.PreTrainedModel):
     def from_pretrained(cls, path, config=None, dtype="auto", new_head=False):
         """Load a score checkpoint or, for new_head, a language model with a new score head.
 
-        ValueError where there is no score head, or one of several labels.
+        ValueError where there is no score head; RuntimeError for a head of several labels.
         """
         config = config or AutoConfig.from_pretrained(path)
         names = {r"^score\.": "score_head.", r"^(transformer|gpt_neox)\.": "model."}
         options = {"dtype": dtype, "key_mapping": names, "output_loading_info": True}
-        options["ignore_mismatched_sizes"] = True  # to name them
         model, info = super().from_pretrained(path, config=config, **options)
-        for name, found, _ in info["mismatched_keys"]:
-            raise ValueError(f"{name} is {tuple(found)}: a score has one label")
 
         values = {"score_head.bias": 0.0, "normalizer.mean": 0.0, "normalizer.var": 1.0}
         if getattr(config, "do_normalize", False):  # they stand in tensors or in the config
-            values["normalizer.mean"] = getattr(config, "mean", None)
-            values["normalizer.var"] = getattr(config, "var", None)
-        for name in sorted(info["missing_keys"]):
-            if values.get(name) is not None:
+            values |= {"normalizer.mean": config.mean, "normalizer.var": config.var}
+        for name in info["missing_keys"]:
+            if name in values:
                 model.state_dict(keep_vars=True)[name].data = torch.tensor([values[name]]).float()
             elif not new_head or name != "score_head.weight":
                 raise ValueError(f"it is no score model, it has no {name}")
@@ -1208,14 +1164,14 @@ def export(run, model, path):
         if name in own and RANK == 0:
             state[name] = value.to("cpu", dtype).contiguous()
 
+    end = run.tokenizer.eos_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=end, do_sample=True)
     with atomic(path) as folder:
         if RANK == 0:
             model.save_pretrained(folder, state_dict=state)
             config = model.config.to_dict() | {"dtype": run.cfg.dtype}  # not the master weights'
             (folder / "config.json").write_text(json.dumps(config, indent=2))
             run.tokenizer.save_pretrained(folder)
-            end = answer_frame(run.tokenizer)[2]
-            transformers.GenerationConfig(eos_token_id=end, do_sample=True).save_pretrained(folder)
     return path
 
 
@@ -1228,84 +1184,49 @@ def load_tokenizer(source, template=None):
     """A tokenizer by its folder or hub name, or a ready one, with a chat template in any case.
 
     Its own; where it has none Beaver's; or `template`, a text with {prompt} that the response
-    follows directly. ValueError where no token can end an answer.
+    follows directly. ValueError where no token can end a response.
     """
     tokenizer = source
     if isinstance(source, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("it has no end-of-sequence token")
     if tokenizer.chat_template and not template:
         return tokenizer
-    if tokenizer.eos_token_id is None:
-        raise ValueError("it has neither a chat template nor an end-of-sequence token")
 
-    first, text = template or BEAVER_TEMPLATE, ""
-    later = first.removeprefix("BEGINNING OF CONVERSATION: ")  # Beaver says it once
+    text = ""
     if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = "{{ bos_token }}"
     text += "{% for turn in messages %}{% if turn['role'] == 'assistant' %}"
-    text += "{{ turn['content'] + eos_token }}{% else %}"
-    text += f"{{{{ ({first!r} if loop.first else {later!r})"
-    tokenizer.chat_template = (
-        text + ".replace('{prompt}', turn['content']) }}{% endif %}{% endfor %}"
-    )
+    text += "{{ turn['content'] + eos_token }}{% else %}{{ "
+    text += repr(template or BEAVER_TEMPLATE) + ".replace('{prompt}', turn['content'])"
+    tokenizer.chat_template = text + " }}{% endif %}{% endfor %}"
     return tokenizer
 
 
-def render(tokenizer, prompt, answer=None):
-    """A prompt, text or messages, in the template: up to where an answer begins, or with one."""
-    messages = prompt
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    if answer is not None:
-        messages = [*messages, {"role": "assistant", "content": answer}]
-    options = {"tokenize": False, "add_generation_prompt": answer is None}
-    # Some templates state today's date: the same text must not have other tokens tomorrow
-    return tokenizer.apply_chat_template(messages, date_string="26 Jul 2024", **options)
-
-
-def answer_frame(tokenizer):
-    """What the template puts around an answer. → (before, after, id that ends the turn)"""
-    head, answer, after = render(tokenizer, "Q", "CDPO").rpartition("CDPO")
-    prompt, before = render(tokenizer, "Q"), ""
-    if head.startswith(prompt):
-        before = head.removeprefix(prompt)
-
-    end, known = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
-    for token in reversed(tokenizer(after, add_special_tokens=False)["input_ids"]):
-        if token in known and known[token].special:
-            end = token
-    if not answer or end is None:
-        raise ValueError("its chat template shows no answer, or no token ends one")
-    return before, after, end
-
-
-def encode(tokenizer, examples, max_length=10**9, whole=False):
+def encode(tokenizer, examples, max_length=10**9):
     """Prompts and responses in the template. → ([(prompt_ids, [y0_ids, …]), …], Counter)
 
-    examples: [(prompt, responses), …], a prompt text or messages, a response text, which gets the
-    turn's end. whole, for score models: with all that the template puts around an answer. Counted:
-    responses cut to max_length tokens with their prompt, and misaligned ones. An answer is never
-    rendered, as templates strip it: its text follows the rendered prompt, both are encoded as they
-    will be read, joined, and cut where the prompt ends.
+    examples: [(prompt, responses), …]; a response gets the end of sequence. Counted: responses cut
+    to max_length tokens with their prompt, and misaligned ones. A tokenizer splits text by what is
+    around it: prompt and response are encoded as they will be read, joined, and cut where the
+    prompt ends.
     """
-    before, after, end = answer_frame(tokenizer)
-    if not whole:
-        before = before if before.isspace() else ""  # a policy writes its thoughts itself
-        after = tokenizer.convert_ids_to_tokens(end)
-
     rows, counts = [], Counter()
+    # Some templates state today's date: the same text must not have other tokens tomorrow
+    options = {"tokenize": False, "add_generation_prompt": True, "date_string": "26 Jul 2024"}
     for prompt, responses in examples:
-        text, answers = render(tokenizer, prompt), []
-        tails = [before + response + after for response in responses]
-        texts = [text, *(text + tail for tail in tails)]
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
+        ended = [response + tokenizer.eos_token for response in responses]
+        texts, answers = [text, *(text + response for response in ended)], []
         head, *joined = tokenizer(texts, add_special_tokens=False)["input_ids"]
 
         room = max(0, max_length - len(head))
-        for tail, ids in zip(tails, joined):
+        for response, ids in zip(ended, joined):
             answer = ids[len(head) :]
             if ids[: len(head)] != head:  # the prompt's tokens are no prefix: encode it by itself
                 counts["responses whose tokens do not follow the prompt's"] += 1
-                answer = tokenizer(tail, add_special_tokens=False)["input_ids"]
+                answer = tokenizer(response, add_special_tokens=False)["input_ids"]
             if len(answer) > room:
                 counts["responses cut to --max_length"] += 1
             answers.append(answer[:room])
@@ -1396,32 +1317,21 @@ def read_dataset(source, flag, seed):
 
 def read_row(entry, where, need):
     """A dataset's row, checked for what it must have. → (prompt, [y0, y1], pair as in a Row)"""
-    if entry.get("chosen") and entry.get("rejected") and entry.get("response_0") is None:
-        entry = {"better_response_id": 0, **entry}
-        for name, value in (("response_0", entry["chosen"]), ("response_1", entry["rejected"])):
-            if isinstance(value, list):  # messages, which end with the response
-                entry["prompt"] = entry.get("prompt") or value[:-1]
-                value = value[-1].get("content")
-            entry[name] = value
-
     for name in need:
-        value, rule = entry.get(name), "text"
-        if value is None:
-            refuse(f"{where}: column {name} is missing; needed: {', '.join(need)}")
-        right = isinstance(value, str)
-        if name == "prompt" and isinstance(value, list):
-            rule = "text, or messages, the last a user's"
-            right = len(value) > 0 and value[-1].get("role") == "user"
+        value, right, rule = entry.get(name), isinstance(entry.get(name), str), "text"
         if name in COLUMNS[3:]:
             right, rule = value in (0, 1), "0 or 1, or true or false"
+        if value is None:
+            refuse(f"{where}: column {name} is missing; needed: {', '.join(need)}")
         if not right:
             refuse(f"{where}: {name} is {value!r:.60}; it must be {rule}")
 
-    helpful, safer, *safe = (entry.get(name) for name in COLUMNS[3:])
-    chosen = int(helpful == 1)
+    chosen = int(entry.get("better_response_id") == 1)
     pair = [chosen, 1 - chosen, 1 - chosen, chosen, 0, 0]
-    if {safer, *safe} <= {0, 1}:
-        pair[2:] = 1 - safer, int(safer), 1 - 2 * safe[1 - safer], 1 - 2 * safe[safer]
+    labels = [entry.get(name) for name in COLUMNS[4:]]
+    if set(labels) <= {0, 1}:
+        safer, *safe = map(int, labels)
+        pair[2:] = 1 - safer, safer, 1 - 2 * safe[1 - safer], 1 - 2 * safe[safer]
     return entry["prompt"], [entry[name] for name in need[1:3]], pair
 
 
@@ -1433,16 +1343,16 @@ def load_rows(cfg, tokenizer, source, flag, need):
     """
     entries, different, encoded, prompts, used = [], {}, {}, {}, 0
     for number, entry in enumerate(read_dataset(source, flag, cfg.seed), 1):
-        prompt, texts, pair = read_row(entry, f"--{flag} {source}, row {number}", need)
-        entries.append((prompt, texts, pair))
-        different.setdefault(str(prompt), (prompt, {}))[1].update(dict.fromkeys(texts))
-    with refusing(f"--{flag} {source}: a prompt does not fit the chat template", "mend the data"):
-        ids, counts = encode(tokenizer, different.values(), cfg.max_length)
-    for key, (head, answers) in zip(different, ids):
-        encoded[key] = head, dict(zip(different[key][1], answers))
+        entries.append(read_row(entry, f"--{flag} {source}, row {number}", need))
+        prompt, texts, _ = entries[-1]
+        different.setdefault(prompt, {}).update(dict.fromkeys(texts))
+
+    ids, counts = encode(tokenizer, different.items(), cfg.max_length)
+    for (prompt, texts), (head, answers) in zip(different.items(), ids):
+        encoded[prompt] = head, dict(zip(texts, answers))
 
     for prompt, texts, pair in entries:
-        head, answers = encoded[str(prompt)]
+        head, answers = encoded[prompt]
         answers = [answers[text] for text in texts]
         if not prompt or not all(text.strip() for text in texts):
             counts["with an empty prompt or response"] += 1
@@ -1454,7 +1364,7 @@ def load_rows(cfg, tokenizer, source, flag, need):
             counts["whose safer response is unsafe beside a safe one"] += 1
         else:
             used += 1
-            rows = prompts.setdefault(str(prompt), [])
+            rows = prompts.setdefault(prompt, [])
             if not rows or rows[-1].length + sum(map(len, answers)) > cfg.row_length:
                 rows.append(Row(prompt, [], (head, []), []))
             for text, answer in zip(texts, answers):
@@ -1465,13 +1375,10 @@ def load_rows(cfg, tokenizer, source, flag, need):
                 numbers = [rows[-1].responses.index(texts[i]) for i in pair[:4]]
                 rows[-1].pairs.append(numbers + pair[4:])
 
-    notes = ""
-    for what, n in counts.items():
-        notes += f", {n} {what}"
+    notes = "".join(f", {n} {what}" for what, n in counts.items())
     say(f"{source}: {len(entries)} rows of {len(prompts)} prompts, {used} used{notes}")
     if used * 2 < len(entries) or not used:
-        too_few = f"too few of {len(entries)} rows can be used{notes}"
-        refuse(f"--{flag} {source}: {too_few}; mend the data")
+        refuse(f"--{flag} {source}: too few of {len(entries)} rows can be used{notes}; mend them")
     for rows in prompts.values():
         rows[:] = [replace(row, pairs=torch.tensor(row.pairs).view(-1, 6)) for row in rows]
     return list(prompts.values())
@@ -1502,21 +1409,20 @@ def load_run(cfg, out):
     most = (cfg.max_steps or 10**9) * cfg.batch_size
     fifth = len(prompts) // 5
 
+    # All of the fifth is held out, whatever --eval_prompts is: a run may go on with another
     table, rest = prompts[:fifth], prompts[fifth:]
     if cfg.eval_dataset:
         table = load_rows(cfg, tokenizer, cfg.eval_dataset, "eval_dataset", COLUMNS[:1])
-        taken = {str(rows[0].prompt) for rows in table}
-        rest = [rows for rows in prompts if str(rows[0].prompt) not in taken]
+        taken = {rows[0].prompt for rows in table}
+        rest = [rows for rows in prompts if rows[0].prompt not in taken]
     table, few = table[: min(cfg.eval_prompts, most)], min(cfg.lambda_prompts, fifth, most)
     if min(len(table), few, len(rest) - few) < 2:
         refuse(f"--dataset {cfg.dataset}: {len(prompts)} prompts are too few; give 10 or more")
 
-    train, held_out = list(chain(*rest[few:]))[:most], list(chain(*table))
+    train, lambda_prompts = list(chain(*rest[few:]))[:most], [rows[0].prompt for rows in rest[:few]]
     pairs = sum(len(row.pairs) for row in train)
     say(f"train on {pairs} pairs in {len(train)} rows; λ on {few} prompts, table on {len(table)}")
-    lambda_prompts = [rows[0].prompt for rows in rest[:few]]
-    table_prompts = [rows[0].prompt for rows in table]
-    return Run(cfg, out, tokenizer, train, lambda_prompts, table_prompts, held_out)
+    return Run(cfg, out, tokenizer, train, lambda_prompts, list(chain(*table)))
 
 
 # ---- Plumbing: files, processes, resuming (skip on first reading) --------------------------------
@@ -1618,7 +1524,7 @@ def begin_loop(run, reference, loop):
         if len(loop.history) == cfg.iterations:  # nothing is left to do
             return None, loop
 
-    steps = cfg.iterations * min(cfg.dpo_steps, cfg.max_steps or cfg.dpo_steps)
+    steps = cfg.iterations * cfg.dpo_steps
     policy = training_model(cfg, "policy", reference, steps, dpo=True)
     loop.history = []
     for folder in sorted((run.out / "training").glob("*[0-9]"))[-1:]:
@@ -1646,7 +1552,7 @@ def save_loop(run, policy, loop):
     remove(*older)
 
 
-torch.serialization.add_safe_globals([Loop, Samples, Scores, Row])  # what torch.load may make
+torch.serialization.add_safe_globals([Loop, Samples, Row])  # what torch.load may make
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -1665,14 +1571,17 @@ def parse(argv):
         with refusing(f"--config {path}", "it must be a JSON file: one object of settings"):
             settings = json.loads(Path(path).read_text(encoding="utf-8")).items()
         for key, value in settings:
-            values = value if isinstance(value, list) else [value]
-            texts = [json.dumps(part) if isinstance(part, dict) else str(part) for part in values]
-            if value is not None:
-                flags += [f"--{key}", *texts]
+            if isinstance(value, list):
+                flags += [f"--{key}", *map(str, value)]
+            elif value is not None:
+                text = json.dumps(value) if isinstance(value, dict) else str(value)
+                flags.append(f"--{key}={text}")
 
     values = vars(parser.parse_args(flags + argv))
     del values["config"]
-    return Config(**values)
+    cfg = Config(**values)
+    cfg.dpo_steps = min(cfg.dpo_steps, cfg.max_steps or cfg.dpo_steps)
+    return cfg
 
 
 def check_settings(cfg):
@@ -1724,10 +1633,11 @@ def open_folder(cfg):
 
     gather(None)  # all have read the old settings before the new ones are written
     if cfg.overwrite:
-        names = (cfg.model, cfg.sft_model, cfg.reward_model, cfg.cost_model, *(cfg.compare or ()))
-        given = [Path(name).resolve() for name in names if name]
+        for model in (cfg.model, cfg.sft_model, cfg.reward_model, cfg.cost_model):
+            if model and out.resolve() in Path(model).resolve().parents:
+                refuse(f"--overwrite would delete {model}; move it out of {out}")
         for pattern in OURS.split():
-            remove(*(path for path in out.glob(pattern) if path.resolve() not in given))
+            remove(*out.glob(pattern))
     elif changed and found != {"config.json"}:  # a run that was refused may be corrected
         mend = "go on with those, discard them by --overwrite, or name another folder and reuse"
         for flag, name in (("sft", "sft"), ("reward", "reward_model"), ("cost", "cost_model")):
@@ -1739,32 +1649,25 @@ def open_folder(cfg):
 
 
 def try_score_model(run, flag, source, loss_fn):
-    """Say how a score model ranks held-out pairs; refuse a cost that ranks safe above unsafe."""
-    rows, right = [], []
-    for row in run.held_out:
-        known = len(row.pairs) and not run.cfg.reward_model  # or help labels were not asked for
-        if flag == "cost_model":
-            known = len(row.pairs) and row.pairs[0, 4]
-        if known:
-            rows.append(row)
-    if not rows:
-        say(f"{flag}: no labels at hand; what its scores mean is unchecked (a cost: above 0 harms)")
-        return
+    """Say how a score model ranks the labelled pairs of the table's prompts."""
+    rows = [row for row in run.table if len(row.pairs)]
+    if flag == "cost_model":
+        rows = [row for row in rows if row.pairs[0, 4]]
+    elif run.cfg.reward_model:  # labels of help were not asked for
+        rows = []
 
-    for row, values in zip(rows, score_texts(run, flag, source, rows)):
-        right += [float(loss_fn(row, values)[1])] * len(row.pairs)
-    accuracy = sum(right) / len(right)
-    say(f"{flag}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs")
-    surely_below = accuracy + 0.98 / math.sqrt(len(rows)) < 0.5  # at 95%, rows apart
-    if flag == "cost_model" and surely_below:
-        wrong = f"it ranks {1 - accuracy:.0%} of held-out pairs the wrong way round"
-        mend = "a cost is above 0 for harm: is it a harmlessness reward? give its negative"
-        refuse(f"--{flag} {source}: {wrong}; {mend}")
+    pairs, right = sum(len(row.pairs) for row in rows), 0.0
+    if pairs:
+        for row, values in zip(rows, score_texts(run, flag, source, rows)):
+            right += float(loss_fn(row, values)[1]) * len(row.pairs)
+        say(f"{flag}: held-out accuracy of ranking {right / pairs:.1%}, {pairs} pairs")
+    if right < 0.4 * pairs:
+        say(f"  warning: it ranks most the wrong way round; a {flag} is higher for more of it")
 
 
 def run_all(run):
     """All stages in order; each finds what an earlier run of the same command has finished."""
-    cfg, rows, paths = run.cfg, run.train, []
+    cfg, rows, scorers = run.cfg, run.train, []
     first = "sft_model" if cfg.sft_model else "model"
     for flag in (first, "reward_model", "cost_model"):
         if getattr(cfg, flag):
@@ -1778,12 +1681,12 @@ def run_all(run):
             path = getattr(cfg, flag)
             path = path or train_stage(run, flag, reference, rows, loss_fn, new_head=True)
             try_score_model(run, flag, path, loss_fn)
-            paths.append(path)
-        models = Models(reference, *paths)
+            scorers.append(path)
+        models = Models(reference, *scorers)
 
-    problem, policies = pose(run, models), {"SFT": (models.reference, None)}
+    problem, policies = pose(run, models), {"SFT": (reference, None)}
     if cfg.method == "sft":
-        export(run, load_model(models.reference), run.out / "policy")
+        export(run, load_model(reference), run.out / "policy")
     elif cfg.method == "dpo":
         policies["DPO"] = one_shot(run, problem, 0.0)
     elif cfg.method == "cdpo":
@@ -1797,10 +1700,8 @@ def run_all(run):
         if name not in policies:
             policies[name] = one_shot(run, problem, lam, f"lambda-{lam:.9g}")
     for path in cfg.compare or ():
-        policies[f"./{path}" if path in policies else path] = path, None
-    if cfg.reward_model and cfg.cost_model:  # they judge PeCAN's policy, too
-        models = Models(reference, cfg.reward_model, cfg.cost_model)
-    evaluate(run, problem, models, policies)
+        policies[path] = path, None
+    evaluate(run, problem, policies)
 
 
 def main(argv=None):
@@ -1815,6 +1716,7 @@ def main(argv=None):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # With a mask cuDNN plans anew for every shape; its backward may be NaN (pytorch 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
+    # FSDP2 does the mixed precision of a single process, too
     if (GPU or WORLD > 1 or cfg.dtype == "bfloat16") and not dist.is_initialized():
         alone = {} if WORLD > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend, wait = "cpu:gloo,cuda:nccl" if GPU else "gloo", timedelta(hours=4)

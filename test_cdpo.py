@@ -416,9 +416,9 @@ def test_log_probs_of_a_bfloat16_model_are_taken_in_float32():
 def row_of(lengths, pairs, scores=None):
     """A row with a prompt of four tokens and responses that their text tells apart."""
     ids = [[100 + i] * n for i, n in enumerate(lengths)]
-    scores = scores and cdpo.Scores(*map(torch.tensor, scores))
+    scores = map(torch.tensor, scores or ())
     texts, pairs = [f"y{i}" for i in range(len(ids))], torch.tensor(pairs).view(-1, 6).long()
-    return cdpo.Row("x", texts, ([7] * 4, ids), pairs, scores)
+    return cdpo.Row("x", texts, ([7] * 4, ids), pairs, *scores)
 
 
 def test_a_long_prompt_gives_several_rows_each_labelled_pair_whole_in_one(tmp_path):
@@ -452,7 +452,7 @@ def test_micro_batches_keep_their_padded_tokens_within_the_budget():
     for size in (1, 3, 64, 200):
         rows = [row_of([int(rng.lognormvariate(5.5, 0.8))], []) for _ in range(size)]
         lengths = [4 + len(row.ids[1][0]) for row in rows]
-        groups = cdpo.micro_batches(rows, 1024)
+        groups = cdpo.micro_batches(lengths, 1024)
         assert sorted(i for group in groups for i in group) == list(range(size))
         assert max(lengths) in [lengths[i] for i in groups[0]]  # what is too large shows at once
         padded = [len(group) * max(lengths[i] for i in group) for group in groups if group]
@@ -518,11 +518,11 @@ def test_pecan_takes_the_help_of_a_helpful_policy_as_r_and_minus_a_safe_ones_as_
     logps = {"ref": [-10.0, -10.0], "helpful": [-8.0, -11.0], "safe": [-12.0, -9.0]}
     monkeypatch.setattr(cdpo, "infer", lambda cfg, source, *_: [torch.tensor(logps[source])])
     row = row_of([1, 1], [(0, 1, 0, 1, 1, -1)])  # y0 helps more and harms more
-    run = cdpo.Run(cdpo.Config(beta=0.5), Path(), None, [row], [], [], [])
+    run = cdpo.Run(cdpo.Config(beta=0.5), Path(), None, [row], [], [])
     models = cdpo.Models("ref", "helpful", "safe", implicit=True)
-    scores = cdpo.score(run, models, [row])[0].scores
-    assert scores.reward.tolist() == [1.0, -0.5]  # the helpful policy likes y0
-    assert scores.cost.tolist() == [1.0, -0.5]  # and the safe one avoids it
+    (scored,) = cdpo.score(run, models, [row])
+    assert scored.reward.tolist() == [1.0, -0.5]  # the helpful policy likes y0
+    assert scored.cost.tolist() == [1.0, -0.5]  # and the safe one avoids it
 
     def train_stage(run, name, source, rows, loss_fn, **_):
         logps = torch.tensor([-10.0, -10.0], requires_grad=True)
@@ -543,7 +543,7 @@ def test_sft_weighs_a_response_by_how_often_people_compared_it():
 
 def kept_iterates(folder, *entries, cost_limit=0.0):
     """Feeds hand-made iterates (λ, reward, cost, KL) to the loop. → numbers of those kept so far"""
-    run = cdpo.Run(cdpo.Config(beta=0.1), folder, None, [], [], [], [])
+    run = cdpo.Run(cdpo.Config(beta=0.1), folder, None, [], [], [])
     shutil.rmtree(folder / "policy", ignore_errors=True)
     history = []
     for number, (lam, reward, cost, kl) in enumerate(entries):
@@ -608,38 +608,30 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TURNS = [("user", "Hi"), ("assistant", "Hello."), ("user", "How are you?")]
-MULTI_TURN = [{"role": role, "content": text} for role, text in TURNS]
 
 
 def chat_tokenizer(template=CHATML):
-    """Bytes and a few merges; its end of a turn is another token than its end of a text."""
-    names, byte_level = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], tokenizers.pre_tokenizers
+    """Bytes and a few merges."""
+    names, byte_level = ["<|im_start|>", "<|im_end|>"], tokenizers.pre_tokenizers
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     options = {"initial_alphabet": byte_level.ByteLevel.alphabet(), "show_progress": False}
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=names, **options)
     tokenizer.train_from_iterator(["\n\n\n", "the answer is here"] * 9, trainer)
-    settings = {"eos_token": "<|endoftext|>", "chat_template": template}
+    settings = {"eos_token": "<|im_end|>", "chat_template": template}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
-def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_ends_with_its_turn():
-    spaced = CHATML.replace("'\n' + m", "': ' + m").replace("assistant\n", "assistant:")
-    answers = ["Fine.", " spaced out \n"]
-    for own, before in ((CHATML, ""), (spaced, " ")):  # a space before an answer is the answer's
-        tokenizer = cdpo.load_tokenizer(chat_tokenizer(own))
-        template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
-        for prompt, messages in (("Hi", MULTI_TURN[:1]), (MULTI_TURN, MULTI_TURN)):
-            example = (prompt, answers)
-            [(head, ys)], counts = cdpo.encode(tokenizer, [example])
-            [(_, whole)], _ = cdpo.encode(tokenizer, [example], whole=True)
-            assert head == template(messages, add_generation_prompt=True) and not counts
-            for text, y, whole_y in zip(answers, ys, whole):
-                assert tokenizer.decode(y) == before + text + "<|im_end|>"  # nothing is stripped
-                ended = template([*messages, {"role": "assistant", "content": text}])
-                assert head + whole_y == ended  # for a score model, trailing newline included
+def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_ends_with_the_eos():
+    tokenizer, answers = cdpo.load_tokenizer(chat_tokenizer()), ["Fine.", " spaced out \n"]
+    [(head, ys)], counts = cdpo.encode(tokenizer, [("Hi", answers)])
+    turn = [{"role": "user", "content": "Hi"}]
+    template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
+    assert head == template(turn, add_generation_prompt=True) and not counts
+    for text, y in zip(answers, ys):
+        assert tokenizer.decode(y) == text + "<|im_end|>"  # nothing is stripped
+        assert (head + y) == template([*turn, {"role": "assistant", "content": text}])[:-1]
 
 
 def test_a_date_in_a_template_is_pinned():
@@ -661,8 +653,10 @@ def test_a_tokenizer_without_a_template_gets_beavers_and_a_given_one_wins(tmp_pa
         [(head, [y])], _ = cdpo.encode(tokenizer, [(prompt, ["bé"])])
         assert head == plain(text.replace("{prompt}", prompt))
         assert y == [*plain("bé"), tokenizer.eos_token_id]
-        [(head, _)], _ = cdpo.encode(tokenizer, [(MULTI_TURN, [])])
-        assert f"Hello.{tokenizer.eos_token}" in tokenizer.decode(head)  # an earlier turn's end
+        turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "How?")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        chat = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert f"Hello.{tokenizer.eos_token}" in chat  # as one who chats with the policy sends it
 
 
 def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end():
@@ -679,7 +673,7 @@ def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end
 def test_score_models_read_an_answer_at_its_end_though_it_was_cut_off(tmp_path, monkeypatch):
     cdpo.load_tokenizer(transformers.ByT5Tokenizer()).save_pretrained(tmp_path)
     monkeypatch.setattr(cdpo, "infer", lambda cfg, source, flag, rows, title: rows)
-    run = cdpo.Run(cdpo.Config(), tmp_path, None, [], [], [], [])
+    run = cdpo.Run(cdpo.Config(), tmp_path, None, [], [], [])
     cut, ended = cdpo.Row("x", ["ab"], ([7], [[5]]), []), cdpo.Row("x", ["ab"], ([7], [[5, 1]]), [])
     for row in cdpo.score_texts(run, "reward_model", tmp_path, [cut, ended]):
         assert row.ids[1] == [[ord("a") + 3, ord("b") + 3, 1]]  # its own tokens, and the end
@@ -699,19 +693,6 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert sum(len(rows[0].pairs) for rows in expected) > 30
 
 
-def test_chosen_and_rejected_may_be_texts_or_messages_with_or_without_the_prompt(tmp_path):
-    asked, texts = {"prompt": MULTI_TURN}, {"chosen": "Fine", "rejected": "No"}
-    answers = {key: [{"role": "assistant", "content": text}] for key, text in texts.items()}
-    whole = {key: MULTI_TURN + answer for key, answer in answers.items()}
-    labelled = {"response_0": "Fine", "response_1": "No", "better_response_id": 0}
-    for entry in (asked | labelled, asked | texts, asked | answers, asked | whole, whole):
-        ((row,),) = rows_from(written(tmp_path / f"{hash(str(entry))}.jsonl", [entry | HARM]))
-        assert row.prompt == MULTI_TURN and row.responses == ["Fine", "No"], entry
-        assert row.pairs.tolist() == [[0, 1, 1, 0, 1, -1]], entry
-    plain = written(tmp_path / "plain.jsonl", [{"prompt": "x", **texts}])
-    assert rows_from(plain, NEED[:3])[0][0].responses == ["Fine", "No"]  # with score models given
-
-
 def test_prompts_of_the_table_of_lambda_and_of_training_are_different_ones(tmp_path):
     entries = [{**GOOD, "prompt": f"prompt {i % 100}", "response_0": f"a{i}"} for i in range(300)]
     table = written(tmp_path / "eval.jsonl", [{"prompt": "prompt 7"}, {"prompt": "new"}])
@@ -719,7 +700,10 @@ def test_prompts_of_the_table_of_lambda_and_of_training_are_different_ones(tmp_p
     for given in (None, table):
         cfg = cdpo.Config(dataset=data, model=SMALL, lambda_prompts=9, eval_dataset=given)
         run = cdpo.load_run(cfg, tmp_path)
-        parts = [run.table_prompts, run.lambda_prompts, list({row.prompt for row in run.train})]
+        train, table = (
+            list(dict.fromkeys(r.prompt for r in part)) for part in (run.train, run.table)
+        )
+        parts = [table, run.lambda_prompts, train]
         different = {i for part in parts for i in part}
         assert len(different) == sum(map(len, parts)) and len(parts[1]) == 9
         assert given is None or parts[0] == ["prompt 7", "new"]
@@ -1003,20 +987,21 @@ def test_a_run_leaves_what_the_contract_names(tiny):
 
 def test_an_exported_chat_model_gives_plain_transformers_the_log_probs_of_training(tmp_path):
     tokenizer, answers = cdpo.load_tokenizer(chat_tokenizer()), ["the answer", " No\n"]
-    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [], [])
+    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [])
     model = tiny_model("llama", vocab_size=280)
-    rows, _ = cdpo.encode(tokenizer, [(MULTI_TURN, answers)])
+    rows, _ = cdpo.encode(tokenizer, [("How?", answers)])
     logps = cdpo.sequence_logps(model, cdpo.collate_rows(rows)).tolist()
     cdpo.export(run, model, tmp_path / "policy")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
     template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
-    head = template(MULTI_TURN, add_generation_prompt=True)
+    turn = [{"role": "user", "content": "How?"}]
+    head = template(turn, add_generation_prompt=True)
     for text, logp in zip(answers, logps):
-        ids = template([*MULTI_TURN, {"role": "assistant", "content": text}])
+        ids = template([*turn, {"role": "assistant", "content": text}])
         alone = separate_logps(model, [(head, [ids[len(head) : -1]])])  # less the last "\n"
         assert alone.item() == pytest.approx(logp, abs=1e-4)
-    assert model.generation_config.eos_token_id == ids[-2] != tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == ids[-2] == tokenizer.eos_token_id
 
 
 def test_the_table_by_hand(tmp_path, monkeypatch):
@@ -1029,9 +1014,9 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
     reward, cost = [[1.0, 3.0], [0.0, 0.0]], [[-1.0, 1.0], [0.0, 2.0]]
     known["policy"] = samples(reward, cost, [[1.0, 0.5], [0.0, 1.0]])
     monkeypatch.setattr(cdpo, "measure", lambda run, models, path, *_: known[path])
-    run = cdpo.Run(cdpo.Config(dataset="x"), tmp_path, None, [], [], [], [])
+    run = cdpo.Run(cdpo.Config(dataset="x"), tmp_path, None, [], [], [row_of([1], [])])
     problem = cdpo.Problem(None, [], known["sft"], 0.0)
-    cdpo.evaluate(run, problem, None, {"SFT": ("sft", None), "C-DPO": ("policy", 0.5)})
+    cdpo.evaluate(run, problem, {"SFT": ("sft", None), "C-DPO": ("policy", 0.5)})
     row = results_of(tmp_path)["C-DPO"]
     assert row["reward_win_rate"] == (0 + 0 + 1 + 0.5 + 0.5 + 1 + 0.5 + 1) / 8  # couples; ties half
     assert row["cost_win_rate"] == (1 + 1 + 0 + 0.5 + 1 + 1 + 0 + 0) / 8
@@ -1145,7 +1130,9 @@ def test_two_processes_give_the_single_processs_numbers(case, quick, tmp_path):
     assert process.returncode == 0, errors[-2000:]
     first, second = (torch.load(f / "scores.pt", weights_only=True)[1] for f in (one, two))
     for row, other in zip(first, second):
-        torch.testing.assert_close(list(row.scores), list(other.scores), rtol=0, atol=2e-3)
+        for name in ("reward", "cost", "ref_logps"):
+            one_by_one = getattr(row, name), getattr(other, name)
+            torch.testing.assert_close(*one_by_one, rtol=0, atol=2e-3)
     first, second = (json_lines(folder / "metrics.jsonl") for folder in (one, two))
     assert second[0]["dpo_loss"] == pytest.approx(first[0]["dpo_loss"], abs=1e-4)
     assert second[0]["cost_mean"] == pytest.approx(first[0]["cost_mean"], abs=0.02)
@@ -1179,7 +1166,7 @@ BAD_DATA = {  # name of a file: (rows, words of the message)
     "no_prompt": (many(prompt=...), "row 41: column prompt is missing"),
     "no_help_label": (many(better_response_id=...), "row 41: column better_response_id is missing"),
     "label_of_2": (many(safer_response_id=2), "row 41: safer_response_id is 2; it must be 0 or 1"),
-    "no_question": ([{**GOOD, "prompt": MULTI_TURN[:2]}] * 40, "row 1: prompt is [{'role'"),
+    "no_text": ([{**GOOD, "prompt": ["mix"]}] * 40, "row 1: prompt is ['mix']; it must be text"),
     "empty": ([], "nothing is there"),
     "equal": ([{**GOOD, "response_0": "burn"}] * 40, "40 of identical responses"),
     "contrary": ([{**GOOD, "safer_response_id": 1}] * 40, "40 whose safer response is unsafe"),
@@ -1194,7 +1181,7 @@ REFUSED = {  # flags: words of the message
     "--model /nowhere/model": "--model /nowhere/model",
     '--model {"model_type":"llama","vocab_size":20}': "but the model's vocab_size is 20",
     "--cost_model HEADLESS": "no score_head.weight",
-    "--cost_model THREE": "one label",
+    "--cost_model THREE": "THREE: cannot be loaded",
     "--reward_model COST": "calls it a cost",
     "--config UNKNOWN.json": "--lamda",
     "--config TYPE.json": "invalid int value: 'many'",
@@ -1238,15 +1225,15 @@ def test_what_cannot_be_is_refused_in_one_line(flags, bad_files, tmp_path, capsy
     assert REFUSED[flags] in message, message
 
 
-def test_a_harmlessness_reward_given_as_a_cost_is_refused(tiny, tmp_path, capsys):
+def test_a_harmlessness_reward_given_as_a_cost_is_told(tiny, tmp_path, capsys):
     harmless = shutil.copytree(tiny / "cost_model", tmp_path / "harmless")
     tensors = load_file(harmless / "model.safetensors")
     tensors |= {name: -value for name, value in tensors.items() if name.startswith("score_head")}
     save_file(tensors, harmless / "model.safetensors", {"format": "pt"})
-    given = [*QUICK, *reusing(tiny)]
-    message = refusal_of(capsys, tmp_path / "o", *given, "--cost_model", str(harmless))
-    assert "harmlessness reward" in message
-    main(tmp_path / "p", *given)  # the cost itself is none
+    for cost_model, told in ((tiny / "cost_model", False), (harmless, True)):
+        given = [*QUICK, *reusing(tiny), "--cost_model", str(cost_model), "--method", "sft"]
+        main(tmp_path / f"run-{cost_model.name}", *given)
+        assert ("ranks most the wrong way" in capsys.readouterr().out) == told
 
 
 def test_other_settings_are_refused_with_the_flags_that_reuse_models(quick, tmp_path, capsys):
@@ -1277,8 +1264,11 @@ def test_a_refused_folder_keeps_all_and_an_overwritten_one_what_is_yours(quick, 
     folder = shutil.copytree(quick, tmp_path / "run")
     for name in ("notes.txt", "plots.json"):
         (folder / name).write_text("mine")
+    again = [*SHORT, "--method", "sft", "--overwrite"]
     given = ["--sft_model", f"{folder}/sft/../sft"]  # in the very folder, by another spelling
-    main(folder, *SHORT, "--method", "sft", "--overwrite", *given)
+    assert "would delete" in refusal_of(capsys, folder, *again, *given)
+    assert (folder / "sft").exists() and (folder / "metrics.jsonl").exists()
+    main(folder, *again)
     assert (folder / "notes.txt").exists() and (folder / "plots.json").exists()
     assert (folder / "sft").exists() and not (folder / "metrics.jsonl").exists()
 
@@ -1296,5 +1286,6 @@ if __name__ == "__main__":
     cdpo.main(flags)
     cfg = cdpo.parse(flags)
     run = cdpo.load_run(cfg, Path(cfg.output_dir))
-    for name, prompts in (("lambda's", run.lambda_prompts), ("the table's", run.table_prompts)):
+    table = list(dict.fromkeys(row.prompt for row in run.table))
+    for name, prompts in (("lambda's", run.lambda_prompts), ("the table's", table)):
         print(f"on {name} prompts:", json.dumps(exactness(run.out, prompts, vars(cfg))))
