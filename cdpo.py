@@ -1633,7 +1633,8 @@ def open_folder(cfg):
 
     gather(None)  # all have read the old settings before the new ones are written
     if cfg.overwrite:
-        for model in (cfg.model, cfg.sft_model, cfg.reward_model, cfg.cost_model):
+        given = cfg.model, cfg.sft_model, cfg.reward_model, cfg.cost_model, *(cfg.compare or ())
+        for model in given:
             if model and out.resolve() in Path(model).resolve().parents:
                 refuse(f"--overwrite would delete {model}; move it out of {out}")
         for pattern in OURS.split():
