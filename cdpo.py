@@ -397,8 +397,10 @@ def constrained_dpo(run, problem, lam):
 
     remove(run.out / "training", run.out / "iterate")
     kept = loop.history[loop.history[-1]["kept"]]
-    if kept["cost_bound"] > problem.cost_limit:
-        say(f"no iterate meets the limit: the policy kept has cost {kept['cost_bound']:.3f}")
+    over = kept["cost_bound"] - problem.cost_limit
+    if over > 0:
+        met = sum(entry["cost_bound"] <= problem.cost_limit for entry in loop.history)
+        say(f"the policy kept is over the limit by {over:.3f}; {met} others met it, but earn less")
     return run.out / "policy", kept["lambda"]
 
 
@@ -1378,7 +1380,9 @@ def load_rows(cfg, tokenizer, source, flag, need):
     notes = "".join(f", {n} {what}" for what, n in counts.items())
     say(f"{source}: {len(entries)} rows of {len(prompts)} prompts, {used} used{notes}")
     if used * 2 < len(entries) or not used:
-        refuse(f"--{flag} {source}: too few of {len(entries)} rows can be used{notes}; mend them")
+        refuse(
+            f"--{flag} {source}: too few of {len(entries)} rows can be used{notes}; mend the data, or raise --max_length"
+        )
     for rows in prompts.values():
         rows[:] = [replace(row, pairs=torch.tensor(row.pairs).view(-1, 6)) for row in rows]
     return list(prompts.values())
