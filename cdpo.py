@@ -1380,9 +1380,8 @@ def load_rows(cfg, tokenizer, source, flag, need):
     notes = "".join(f", {n} {what}" for what, n in counts.items())
     say(f"{source}: {len(entries)} rows of {len(prompts)} prompts, {used} used{notes}")
     if used * 2 < len(entries) or not used:
-        refuse(
-            f"--{flag} {source}: too few of {len(entries)} rows can be used{notes}; mend the data, or raise --max_length"
-        )
+        mend = "mend the data, or raise --max_length"
+        refuse(f"--{flag} {source}: too few of {len(entries)} rows can be used{notes}; {mend}")
     for rows in prompts.values():
         rows[:] = [replace(row, pairs=torch.tensor(row.pairs).view(-1, 6)) for row in rows]
     return list(prompts.values())
