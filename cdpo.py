@@ -400,7 +400,7 @@ def constrained_dpo(run, problem, lam):
     over = kept["cost_bound"] - problem.cost_limit
     if over > 0:
         met = sum(entry["cost_bound"] <= problem.cost_limit for entry in loop.history)
-        say(f"the policy kept is over the limit by {over:.3f}; {met} others met it, but earn less")
+        say(f"the policy kept is over the limit by {over:.3f}; iterates that met it: {met}")
     return run.out / "policy", kept["lambda"]
 
 
