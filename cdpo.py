@@ -1047,9 +1047,10 @@ class ScoreModel(transformers.PreTrainedModel):
 
         values = {"score_head.bias": 0.0, "normalizer.mean": 0.0, "normalizer.var": 1.0}
         if getattr(config, "do_normalize", False):  # they stand in tensors or in the config
-            values |= {"normalizer.mean": config.mean, "normalizer.var": config.var}
+            values["normalizer.mean"] = getattr(config, "mean", None)
+            values["normalizer.var"] = getattr(config, "var", None)
         for name in info["missing_keys"]:
-            if name in values:
+            if values.get(name) is not None:
                 model.state_dict(keep_vars=True)[name].data = torch.tensor([values[name]]).float()
             elif not new_head or name != "score_head.weight":
                 raise ValueError(f"it is no score model, it has no {name}")

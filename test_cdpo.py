@@ -754,7 +754,9 @@ def write_beaver(folder, bias=True, normalize=False, kind="cost", buffers=True):
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     settings = {"architectures": ["LlamaForScore"], "score_type": kind, "score_dim": 1}
-    settings |= {"score_bias": bias, "do_normalize": normalize, "mean": 0.5, "var": 4.0}
+    settings |= {"score_bias": bias, "do_normalize": normalize}
+    if not buffers:
+        settings |= {"mean": 0.5, "var": 4.0}
     (folder / "config.json").write_text(json.dumps({**config.to_dict(), **settings}))
     return decoder, weight
 
