@@ -107,7 +107,7 @@ class Config:
     # The method
     beta: float = opt(0.1, "strength of the KL to the reference")
     labels: Literal["soft", "sample", "hard"] = opt("soft", "labels of (12): mean, draw, likelier")
-    all_pairs: bool = opt(True, "DPO on all pairs of a prompt's responses, not only the dataset's")
+    all_pairs: bool = opt(True, "DPO on all pairs of a prompt's responses; no: on the dataset's")
     cost_limit: float = opt(0.0, "C_limit: the expected cost may not exceed it")
     margin: float | None = opt(None, "state the limit as E_ref[cost] − margin instead")
     cost_confidence: float = opt(0.5, "level at which C-DPO's cost meets the limit; 0.5: its mean")
@@ -116,7 +116,7 @@ class Config:
     lambda_lr: float = opt(0.05, "step size of the gradient step")
     lambda_prompts: int = opt(500, "prompts kept out of the data, on which λ is found")
     lambda_samples: int = opt(4, "responses per prompt that measure a policy there")
-    recycle: bool = opt(True, "train on those responses, too, in the next iteration")
+    recycle: bool = opt(True, "train on those responses, too, in the next iteration; no: not")
     dual_samples: int = opt(16, "responses of π_ref per prompt there, to solve the dual")
     lambdas: list[float] | None = opt(None, "also train at these fixed λ; 0 is DPO")  # noqa: RUF009
     iterations: int = opt(5, "outer iterations: relabel, fit, sample, step")
@@ -124,7 +124,7 @@ class Config:
 
     # Training
     batch_size: int = opt(32, "rows (prompts) of an optimizer step, all processes together")
-    tokens_per_batch: int = opt(8192 if GPU else 2048, "padded tokens of a micro-batch")
+    tokens_per_batch: int = opt(8192 if GPU else 512, "padded tokens of a micro-batch")
     learning_rate: float = opt(1e-6, "of DPO, at its highest")
     sft_learning_rate: float = opt(1e-5, "of SFT and of the reward and cost models")
     max_steps: int | None = opt(None, "bound every stage to this many steps, to try things")
@@ -328,15 +328,6 @@ class Samples(NamedTuple):
     log_ratio: torch.Tensor  # log π/π_ref, (n, m)
 
 
-class Models(NamedTuple):
-    """Folders or hub names of π_ref, r and c."""
-
-    reference: str
-    reward: str  # a reward model or, implicit, the helpful-only policy
-    cost: str  # a cost model or, implicit, the safe-only policy
-    implicit: bool = False
-
-
 @dataclass(frozen=True)
 class Run:
     """What every stage needs; no prompt of the dataset is in two of the three parts."""
@@ -347,13 +338,16 @@ class Run:
     train: list  # rows to train on
     lambda_prompts: list  # where λ is found
     table: list  # rows of the prompts of the final table
+    # Folders or hub names: given, or where the first stages put them
+    reference: str  # π_ref
+    reward_model: str  # r; of PeCAN the helpful-only policy
+    cost_model: str  # c; of PeCAN the safe-only policy
 
 
 @dataclass(frozen=True)
 class Problem:
     """(6) and (7) in numbers."""
 
-    models: Models
     rows: list  # to train on, with scores
     dual: Samples  # of π_ref, on λ's prompts
     cost_limit: float
@@ -373,8 +367,8 @@ class Loop:
 
 def constrained_dpo(run, problem, lam):
     """Algorithm 1 from a first λ: relabel, fit, sample, step λ. → (best policy, its λ)."""
-    cfg, prompts, count = run.cfg, run.lambda_prompts, run.cfg.lambda_samples
-    policy, loop = begin_loop(run, problem.models.reference, Loop(lam))
+    cfg, limit = run.cfg, problem.cost_limit
+    policy, loop = begin_loop(run, Loop(lam))
 
     while len(loop.history) < cfg.iterations:
         iteration, lam, started = len(loop.history), loop.lam, time.perf_counter()
@@ -384,23 +378,23 @@ def constrained_dpo(run, problem, lam):
         fit = train(cfg, policy, steps, relabelled_loss)  # (13)
 
         candidate = export(run, policy.model, run.out / "iterate")
-        samples = measure(run, problem.models, candidate, prompts, count, iteration)
+        samples = measure(run, candidate, run.lambda_prompts, cfg.lambda_samples, iteration)
         cost = estimate(samples.cost, cfg.cost_confidence)  # Ĵ_c
 
         entry = {"iteration": iteration, "lambda": lam, "cost_bound": cost}
         entry |= numbers_of(run, samples) | fit | {"seconds": time.perf_counter() - started}
-        keep_the_better(run, loop.history, entry, problem.cost_limit)
+        keep_the_better(run, loop.history, entry, limit)
         loop.samples.append(samples)
-        loop.lam = next_lambda(cfg, loop, problem.cost_limit)  # (14)
-        report(cfg, samples, lam)
+        loop.lam = next_lambda(cfg, loop, limit)  # (14)
+        report(cfg, samples, lam, f"iteration {iteration}: λ {lam:.4f}")
         save_loop(run, policy, loop)
 
     remove(run.out / "training", run.out / "iterate")
     kept = loop.history[loop.history[-1]["kept"]]
-    over = kept["cost_bound"] - problem.cost_limit
-    if over > 0:
-        met = sum(entry["cost_bound"] <= problem.cost_limit for entry in loop.history)
-        say(f"the policy kept is over the limit by {over:.3f}; iterates that met it: {met}")
+    if kept["cost_bound"] > limit:
+        met = sum(entry["cost_bound"] <= limit for entry in loop.history)
+        over = f"{kept['cost_bound'] - limit:.3f}"
+        say(f"the policy kept is over the limit by {over}; iterates that met it: {met}")
     return run.out / "policy", kept["lambda"]
 
 
@@ -420,9 +414,8 @@ def next_lambda(cfg, loop, cost_limit):
         bound = torch.tensor(loop.history[-1]["cost_bound"])
         return lambda_step(loop.lam, bound, cost_limit, cfg.lambda_lr)
 
-    reward = torch.cat([samples.reward for samples in loop.samples], dim=1)
-    cost = torch.cat([samples.cost for samples in loop.samples], dim=1)
-    log_ratio = torch.cat([samples.log_ratio for samples in loop.samples], dim=1)
+    _, reward, cost, log_ratio = zip(*loop.samples)
+    reward, cost, log_ratio = torch.cat(reward, 1), torch.cat(cost, 1), torch.cat(log_ratio, 1)
 
     gaps = []  # how far the cost of each policy is above that of its π_λ
     for entry in loop.history:
@@ -449,7 +442,6 @@ def next_lambda(cfg, loop, cost_limit):
 
 def keep_the_better(run, history, entry, cost_limit):
     """Append the newest iterate to the history; keep its policy where it is the best so far."""
-    best = history[history[-1]["kept"]] if history else None
     history.append(entry)
     price = 1 + 2 * max(other["lambda"] for other in history)  # above λ, no violation pays
 
@@ -457,6 +449,7 @@ def keep_the_better(run, history, entry, cost_limit):
         objective = entry["reward_mean"] - run.cfg.beta * entry["kl"]
         return objective - price * max(0.0, entry["cost_bound"] - cost_limit)
 
+    best = history[history[-2]["kept"]] if len(history) > 1 else None
     entry["kept"] = entry["iteration"]
     if best and merit(entry) <= merit(best):
         entry["kept"] = best["iteration"]
@@ -465,47 +458,40 @@ def keep_the_better(run, history, entry, cost_limit):
             if RANK == 0:
                 os.replace(run.out / "iterate", folder)
 
-    low, high = entry["cost_ci95"]
-    text = f"λ {entry['lambda']:.4f}, cost {entry['cost_mean']:+.3f} [{low:+.3f}, {high:+.3f}], "
-    text += f"reward {entry['reward_mean']:+.3f}, KL {entry['kl']:.3f}"
-    say(f"iteration {entry['iteration']}: {text}")
-
 
 def one_shot(run, problem, lam, name="policy"):
     """λ is known before training: one fit, as many steps as all of Algorithm 1. → (policy, λ)
 
     MoCAN (2405.19544) where λ minimises the dual (9) on samples of π_ref; DPO where it is 0.
     """
-    loss_fn = relabelled_dpo(run.cfg, lam, name)
-    return train_stage(run, name, problem.models.reference, problem.rows, loss_fn, dpo=True), lam
+    train_stage(run, name, problem.rows, relabelled_dpo(run.cfg, lam, name))
+    return run.out / name, lam
 
 
-def pecan_models(run, reference):
-    """PeCAN (2405.19544): r and −c implicit in policies fitted to people's labels. → Models."""
-    ref_logps = infer(run.cfg, reference, "model", run.train, "log π_ref")
+def pecan_stages(run):
+    """PeCAN (2405.19544): r and −c are implicit in two policies, fitted to people's labels."""
+    ref_logps = infer(run.cfg, run.reference, "model", run.train, "log π_ref")
     rows = [replace(row, ref_logps=logps) for row, logps in zip(run.train, ref_logps)]
 
-    def dpo_on(winner, loser):
-        def loss_fn(row, logps):
-            pairs = row.pairs[:, [winner, loser]]
+    for name, winner, loser in (("helpful", 0, 1), ("safe", 3, 2)):
+
+        def loss_fn(row, logps, columns=(winner, loser)):
+            pairs = row.pairs[:, columns]
             return preference_loss(row, logps, pairs, torch.ones(len(pairs)), run.cfg.beta)
 
-        return loss_fn
-
-    helpful = train_stage(run, "helpful", reference, rows, dpo_on(0, 1), dpo=True)
-    safe = train_stage(run, "safe", reference, rows, dpo_on(3, 2), dpo=True)
-    return Models(reference, helpful, safe, implicit=True)
+        train_stage(run, name, rows, loss_fn)
 
 
-def pose(run, models):
+def pose(run):
     """The problem that the models define. → Problem. Scores hold no λ: they are computed once."""
-    where = models.reference, run.lambda_prompts, run.cfg.dual_samples, "dual"
-    rows = cached(run, "scores.pt", models, score, run.train)
-    dual = cached(run, "reference_samples.pt", models, measure, *where)
-    cost_limit = run.cfg.cost_limit
+    cost_limit, prompts = run.cfg.cost_limit, run.lambda_prompts
+    rows = cached(run, "scores.pt", score, run.train)
+    dual = cached(
+        run, "reference_samples.pt", measure, run.reference, prompts, run.cfg.dual_samples, "dual"
+    )
     if run.cfg.margin is not None:
         cost_limit = float(dual.cost.mean()) - run.cfg.margin
-    return Problem(models, rows, dual, cost_limit)
+    return Problem(rows, dual, cost_limit)
 
 
 def first_lambda(cfg, problem):
@@ -514,31 +500,35 @@ def first_lambda(cfg, problem):
     if lam is None:
         with refusing("no first λ", "raise the limit, lower --beta, or draw more --dual_samples"):
             lam = solve_dual(dual.reward, dual.cost, cfg.beta, problem.cost_limit)
-    report(cfg, dual, lam)
+    report(cfg, dual, lam, "π_ref")
     return lam
 
 
-def report(cfg, samples, lam):
-    """Say what samples promise of π_λ, and where β and the scale of the scores do not fit.
+def report(cfg, samples, lam, title):
+    """Say what samples show and promise of π_λ, and where β and the scores' scale do not fit.
 
     Labels that are nearly certain make DPO chase single responses; and π_λ, e^KL times narrower
     than the policy that was sampled, cannot be seen in m samples unless that KL is below log m.
     """
     _, reward, cost, log_ratio = samples
-    found, m = predict(reward, cost, lam, cfg.beta, log_ratio), cost.shape[1]
-    pairs = torch.combinations(torch.arange(m))
-    prob = relabel(reward[:, pairs].flatten(0, 1), cost[:, pairs].flatten(0, 1), lam)
-    certain = float(((prob - 0.5).abs() > 0.45).float().mean())
+    low, high = ci95(cost)
+    text = f"{title}, cost {cost.mean():+.3f} [{low:+.3f}, {high:+.3f}], "
+    say(text + f"reward {reward.mean():+.3f}, KL {log_ratio.mean():.3f}")
 
-    ess, kl = found["ess"], found["kl"]
+    found, m = predict(reward, cost, lam, cfg.beta, log_ratio), cost.shape[1]
+    r_lam = reward - lam * cost
+    certain = torch.sigmoid((r_lam[:, :, None] - r_lam[:, None, :]).abs()) > 0.95
+    share = float(certain.sum()) / (certain.numel() - cost.numel())  # of pairs of two samples
+
     text = f"  λ {lam:.4f} promises cost {found['cost']:+.3f}, reward {found['reward']:+.3f}, by "
-    say(text + f"{ess:.1f} effective samples of {m}; KL {kl:.2f}, they can show {math.log(m):.2f}")
+    text += f"{found['ess']:.1f} effective samples of {m}; "
+    say(text + f"KL {found['kl']:.2f}, they can show {math.log(m):.2f}")
     text = f"  within a prompt reward ± {reward.std(dim=1).mean():.2f}, "
-    say(text + f"cost ± {cost.std(dim=1).mean():.2f}; {certain:.0%} of labels beyond 0.95")
-    if certain > 0.5:
-        scale = float((reward - lam * cost).std(dim=1).mean())
+    say(text + f"cost ± {cost.std(dim=1).mean():.2f}; {share:.0%} of labels beyond 0.95")
+    if share > 0.5:
+        scale = float(r_lam.std(dim=1).mean())
         say(f"  warning: most labels are certain: scale score heads and limit by 1/{scale:.1g}")
-    if ess < 2:
+    if found["ess"] < 2:
         say("  warning: this rests on single samples: raise --beta, or draw more")
 
 
@@ -726,9 +716,8 @@ def train(cfg, trainee, steps, loss_fn):
         total, sums = sum(row.weight for row in step), torch.zeros(2)
         for group in groups[RANK::WORLD]:
             batch = [step[i] for i in group] or step[:1]  # any row, for a group without work
-            outputs = model(collate_rows([row.ids for row in batch])).cpu()
-            outputs = outputs.split([len(row.responses) for row in batch])
-            losses = [torch.stack(loss_fn(row, output)) for row, output in zip(batch, outputs)]
+            outputs = zip(batch, by_row(model, batch))
+            losses = [torch.stack(loss_fn(row, output)) for row, output in outputs]
             weights = torch.tensor([row.weight for row in batch]) / total
             weights *= len(group) / len(batch)  # nothing, where only other ranks have work
             mean = weights @ torch.stack(losses)
@@ -744,53 +733,52 @@ def train(cfg, trainee, steps, loss_fn):
 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
         trainee.done += 1
         pairs, tokens = sum(len(row.pairs) for row in step), sum(row.length for row in step)
         history.append([loss, accuracy, pairs, tokens])
 
-    seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if GPU:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-
     loss, accuracy, pairs, tokens = torch.tensor(history, dtype=torch.double).mean(dim=0).tolist()
-    pairs, tokens = pairs * len(steps) / seconds, tokens * len(steps) / seconds
-    text = f"loss {history[0][0]:.4f} at first, {loss:.4f} on average, {pairs:,.1f} pairs/s, "
-    text += f"{tokens:,.0f} tokens/s, peak {peak / 1e9:.2f} GB"
-    say(f"{trainee.name}: {len(steps)} steps, {text}")
+    rate = len(steps) / (time.perf_counter() - started)
+    say(
+        f"{trainee.name}: {len(steps)} steps, loss {history[0][0]:.4f} at first, {loss:.4f} on "
+        f"average, {pairs * rate:,.1f} pairs/s, {tokens * rate:,.0f} tokens/s, "
+        f"peak {peak / 1e9:.2f} GB"
+    )
     return {
         "dpo_loss": loss,
         "dpo_accuracy": accuracy,
         "first_loss": history[0][0],
-        "pairs_per_second": pairs,
-        "tokens_per_second": tokens,
+        "pairs_per_second": pairs * rate,
+        "tokens_per_second": tokens * rate,
         "peak_memory_gb": peak / 1e9,
     }
 
 
-def train_stage(run, name, source, rows, loss_fn, new_head=False, dpo=False):
-    """Train a model on rows into the folder `name` of the run, unless it is there. → folder"""
+def train_stage(run, name, rows, loss_fn):
+    """Train the model `name` on rows into the folder of that name, unless it is there."""
     cfg, path = run.cfg, run.out / name
     if path.exists():
         say(f"{name}: found in {path}")
-        return path
+        return
 
     count = cfg.iterations * cfg.dpo_steps  # as many as Algorithm 1 takes
-    if not dpo:
+    if name in ("sft", *SCORE_MODELS):
         count = math.ceil(len(rows) / cfg.batch_size)  # score models overfit in a second pass
         count = min(count, cfg.max_steps or count)
-    trainee = training_model(cfg, name, source, count, new_head, dpo)
+    trainee = training_model(run, name, count)
     train(cfg, trainee, passes(rows, count, cfg.batch_size, cfg.seed, name), loss_fn)
-    return export(run, trainee.model, path)
+    export(run, trainee.model, path)
 
 
 def passes(rows, count, size, *key):
     """`count` steps of `size` rows: passes over all rows, each in an order of its own."""
-    sampler, generator = torch.utils.data.RandomSampler, seeded("order", *key)
-    order = [rows[i] for i in sampler(rows, num_samples=count * size, generator=generator)]
-    return [order[k : k + size] for k in range(0, count * size, size)]
+    options = {"num_samples": count * size, "generator": seeded("order", *key)}
+    sampler = torch.utils.data.RandomSampler(rows, **options)
+    return list(torch.utils.data.DataLoader(rows, size, sampler=sampler, collate_fn=list))
 
 
 def steps_of_iteration(cfg, rows, loop):
@@ -803,6 +791,12 @@ def steps_of_iteration(cfg, rows, loop):
         for number, row in enumerate(fresh):  # once each: they must not crowd out the data
             steps[number % count].append(row)
     return steps
+
+
+def by_row(forward, rows):
+    """What a forward pass gives for the responses of each row, float32. → [(k,), …]"""
+    outputs = forward(collate_rows([row.ids for row in rows])).float().cpu()
+    return outputs.split([len(row.responses) for row in rows])
 
 
 def micro_batches(lengths, budget):
@@ -822,56 +816,51 @@ def shared_out(groups, title, compute):
         results |= zip(group, compute(group, number))
     for part in gather(results):
         results |= part
-    return [results[i] for i in range(len(results))]
+    return list(map(results.get, range(len(results))))
 
 
 @torch.inference_mode()
-def infer(cfg, source, flag, rows, title):
-    """log π (flag "model") or scores (else) of the responses of rows. → [(k,), …], a row each"""
-    model = load_model(source, flag, cfg.dtype).to(DEVICE)
-    function = sequence_logps if flag == "model" else response_scores
+def infer(cfg, source, kind, rows, title):
+    """log π (kind "model") or scores (else) of the responses of rows. → [(k,), …], a row each"""
+    model = load_model(source, kind, cfg.dtype).to(DEVICE)
+    function = response_scores if kind in SCORE_MODELS else sequence_logps
 
     def compute(group, _):
-        batch = [rows[i] for i in group]
-        outputs = function(model, collate_rows([row.ids for row in batch])).float().cpu()
-        return outputs.split([len(row.responses) for row in batch])
+        return by_row(lambda batch: function(model, batch), [rows[i] for i in group])
 
     groups = micro_batches([row.length for row in rows], cfg.tokens_per_batch)
     values = shared_out(groups, title, compute)
     if not torch.isfinite(torch.cat(values)).all():
-        refuse(f"--{flag} {source}: {title} is not finite for a response; is the model sound?")
+        refuse(f"--{kind} {source}: {title} is not finite for a response; is the model sound?")
     return values
 
 
-def score(run, models, rows):
+def score(run, rows):
     """Rows with r, c and log π_ref of their responses. PeCAN's r and c are implicit in policies."""
-    ref_logps = infer(run.cfg, models.reference, "model", rows, "log π_ref")
-    if models.implicit:
-        reward = infer(run.cfg, models.reward, "model", rows, "log π, helpful")
-        cost = infer(run.cfg, models.cost, "model", rows, "log π, safe")
+    ref_logps = infer(run.cfg, run.reference, "model", rows, "log π_ref")
+    if run.cfg.method == "pecan":
+        reward = infer(run.cfg, run.reward_model, "model", rows, "log π, helpful")
+        cost = infer(run.cfg, run.cost_model, "model", rows, "log π, safe")
+        for i, ref in enumerate(ref_logps):
+            reward[i] = implicit_reward(reward[i], ref, run.cfg.beta)
+            cost[i] = -implicit_reward(cost[i], ref, run.cfg.beta)
     else:
-        reward = score_texts(run, "reward_model", models.reward, rows)
-        cost = score_texts(run, "cost_model", models.cost, rows)
-
-    scored = []
-    for row, r, c, ref in zip(rows, reward, cost, ref_logps):
-        if models.implicit:
-            r = implicit_reward(r, ref, run.cfg.beta)
-            c = -implicit_reward(c, ref, run.cfg.beta)
-        scored.append(replace(row, reward=r, cost=c, ref_logps=ref))
-    return scored
+        reward, cost = (score_texts(run, name, rows) for name in SCORE_MODELS)
+    values = zip(rows, reward, cost, ref_logps)
+    return [replace(row, reward=r, cost=c, ref_logps=ref) for row, r, c, ref in values]
 
 
-def score_texts(run, flag, source, rows):
+def score_texts(run, name, rows):
     """Scores of the responses of rows by a score model, in its own tokens and template."""
-    with refusing(f"--{flag} {source}: cannot be loaded"):
+    source = getattr(run, name)
+    with refusing(f"--{name} {source}: cannot be loaded"):
         tokenizer = load_tokenizer(source)
     # Also an answer that was cut off is given an end: a score model has only learned what an end
     # means, and at another token its head may say anything
-    examples = [(row.prompt, row.responses) for row in rows]
-    ids, _ = encode(tokenizer, examples, run.cfg.max_length + run.cfg.max_new_tokens)
-    rows = [replace(row, ids=own) for row, own in zip(rows, ids)]
-    return infer(run.cfg, source, flag, rows, f"scoring by {flag}")
+    longest, texts = run.cfg.max_length + run.cfg.max_new_tokens, []
+    for row in rows:
+        texts.append(replace(row, ids=encode(tokenizer, row.prompt, row.responses, longest)))
+    return infer(run.cfg, source, name, texts, f"scoring by {name}")
 
 
 @torch.inference_mode()
@@ -922,11 +911,11 @@ def sample_batch(model, prompts, count, end, max_new_tokens, generator):
     return [answers[i : i + count] for i in range(0, len(answers), count)]
 
 
-def measure(run, models, source, prompts, count, key):
+def measure(run, source, prompts, count, key):
     """`count` responses of a policy to each prompt, scored. → Samples. key: of the random draws."""
     cfg, tokenizer, rows = run.cfg, run.tokenizer, []
     model = load_model(source, "model", cfg.dtype).to(DEVICE)
-    heads = [head for head, _ in encode(tokenizer, [(prompt, []) for prompt in prompts])[0]]
+    heads = [encode(tokenizer, prompt, [])[0] for prompt in prompts]
 
     def draw(group, number):
         generator, end = seeded(cfg.seed, key, number), tokenizer.eos_token_id
@@ -944,14 +933,14 @@ def measure(run, models, source, prompts, count, key):
             texts = tokenizer.batch_decode(answers[i : i + fit], skip_special_tokens=True)
             rows.append(Row(prompt, texts, (head, answers[i : i + fit]), []))
 
-    rows = score(run, models, rows)
-    reward = torch.cat([row.reward for row in rows]).view(-1, count)
-    cost = torch.cat([row.cost for row in rows]).view(-1, count)
-    ref_logps = torch.cat([row.ref_logps for row in rows])
-    logps = ref_logps
-    if str(source) != str(models.reference):
+    rows = score(run, rows)
+    scores = [torch.stack([row.reward, row.cost, row.ref_logps]) for row in rows]
+    reward, cost, ref_logps = torch.cat(scores, dim=1).view(3, -1, count)
+    log_ratio = torch.zeros_like(ref_logps)
+    if str(source) != str(run.reference):
         logps = torch.cat(infer(cfg, source, "model", rows, "log π of samples"))
-    return Samples(rows, reward, cost, (logps - ref_logps).view(-1, count))
+        log_ratio = logps.view(-1, count) - ref_logps
+    return Samples(rows, reward, cost, log_ratio)
 
 
 def numbers_of(run, samples):
@@ -978,7 +967,7 @@ def evaluate(run, problem, policies):
     """Measure policies {name: (folder, λ)} on the table's prompts; write and print the table."""
     prompts, rows, lines = list(dict.fromkeys(row.prompt for row in run.table)), [], []
     for name, (path, lam) in policies.items():
-        samples = measure(run, problem.models, path, prompts, run.cfg.eval_samples, "eval")
+        samples = measure(run, path, prompts, run.cfg.eval_samples, "eval")
         row = {"name": name, "lambda": lam} | numbers_of(run, samples)
         if not rows:
             sft = samples  # the first, which the others are held against
@@ -995,9 +984,9 @@ def evaluate(run, problem, policies):
         rows.append(row)
 
         for part in samples.rows:
-            for text, r, c in zip(part.responses, part.reward, part.cost):
+            for text, r, c in zip(part.responses, part.reward.tolist(), part.cost.tolist()):
                 line = {"policy": name, "prompt": part.prompt, "response": text}
-                lines.append(line | {"reward": float(r), "cost": float(c)})
+                lines.append(line | {"reward": r, "cost": c})
     write(run.out / "results.json", rows)
     write(run.out / "samples.jsonl", lines)
 
@@ -1013,6 +1002,8 @@ def evaluate(run, problem, policies):
 
 
 # ---- Models --------------------------------------------------------------------------------------
+
+SCORE_MODELS = ("reward_model", "cost_model")
 
 
 class ScoreModel(transformers.PreTrainedModel):
@@ -1045,12 +1036,11 @@ class ScoreModel(transformers.PreTrainedModel):
         options = {"dtype": dtype, "key_mapping": names, "output_loading_info": True}
         model, info = super().from_pretrained(path, config=config, **options)
 
-        values = {"score_head.bias": 0.0, "normalizer.mean": 0.0, "normalizer.var": 1.0}
-        if getattr(config, "do_normalize", False):  # they stand in tensors or in the config
-            values["normalizer.mean"] = getattr(config, "mean", None)
-            values["normalizer.var"] = getattr(config, "var", None)
+        values = {"score_head.bias": 0.0}  # of what may be missing; these two stand in the config
+        values["normalizer.mean"] = getattr(config, "mean", 0.0)
+        values["normalizer.var"] = getattr(config, "var", 1.0)
         for name in info["missing_keys"]:
-            if values.get(name) is not None:
+            if name in values:
                 model.state_dict(keep_vars=True)[name].data = torch.tensor([values[name]]).float()
             elif not new_head or name != "score_head.weight":
                 raise ValueError(f"it is no score model, it has no {name}")
@@ -1072,9 +1062,9 @@ class ScoreModel(transformers.PreTrainedModel):
         return self.score(hidden[range(len(hidden)), attention_mask.sum(dim=1) - 1])
 
 
-def load_config(source, flag="model"):
+def load_config(source, kind="model"):
     """Config of a folder, hub name or JSON dictionary; no dropout: what is fitted is sampled."""
-    with refusing(f"--{flag} {source}: cannot be loaded"):
+    with refusing(f"--{kind} {source}: cannot be loaded"):
         if str(source).startswith("{"):
             config = AutoConfig.for_model(**json.loads(source))
         else:
@@ -1086,30 +1076,32 @@ def load_config(source, flag="model"):
     return config
 
 
-def load_model(source, flag="model", dtype="auto", config=None, new_head=False):
-    """A causal LM or, for new_head and other flags, a ScoreModel: on CPU, for inference."""
-    config = config or load_config(source, flag)
-    kind = f"{getattr(config, 'score_type', None)}_model"
-    if {kind, flag} == {"reward_model", "cost_model"}:
-        refuse(f"--{flag} {source}: its config calls it a {kind}; are the two exchanged?")
-    with refusing(f"--{flag} {source}: cannot be loaded"):
-        if new_head or flag in ("reward_model", "cost_model"):
+def load_model(source, kind="model", dtype="auto", config=None, new_head=False):
+    """A causal LM or, for a kind of SCORE_MODELS, a ScoreModel: on CPU, for inference."""
+    config = config or load_config(source, kind)
+    declared = f"{getattr(config, 'score_type', None)}_model"
+    if {kind, declared} == set(SCORE_MODELS):
+        refuse(f"--{kind} {source}: its config calls it a {declared}; are the two exchanged?")
+    with refusing(f"--{kind} {source}: cannot be loaded"):
+        if kind in SCORE_MODELS:
             return ScoreModel.from_pretrained(source, config, dtype, new_head)
         if str(source).startswith("{"):
             return AutoModelForCausalLM.from_config(config).eval()
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, config=config)
 
 
-def training_model(cfg, name, source, steps, new_head=False, dpo=False):
+def training_model(run, name, steps):
     """A Trainee: float32 master weights, a forward from a batch to what the losses need."""
+    cfg, scores = run.cfg, name in SCORE_MODELS
     gc.collect()  # the last model and its FSDP state are reference cycles: 27 GB of weights at 7B
     if GPU:
         torch.cuda.empty_cache()  # what one stream has freed another cannot use
     torch.manual_seed(cfg.seed)  # of a new head, or of a model from scratch
-    model = load_model(source, new_head=new_head).train()
+    source = cfg.model if name == "sft" else run.reference
+    model = load_model(source, name, new_head=scores).train()
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    outputs = response_scores if new_head else sequence_logps
+    outputs = response_scores if scores else sequence_logps
     # Under FSDP2 parameters are whole only inside the root's forward, whose output may be no view
     model.forward = lambda batch: outputs(model, batch).clone()
 
@@ -1123,29 +1115,30 @@ def training_model(cfg, name, source, steps, new_head=False, dpo=False):
     else:
         model.float().to(DEVICE)
 
-    rate = cfg.learning_rate if dpo else cfg.sft_learning_rate
+    rate = cfg.sft_learning_rate if scores or name == "sft" else cfg.learning_rate
     options = {"lr": rate, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     return Trainee(name, model, torch.optim.AdamW(model.parameters(), **options), steps)
 
 
-def check_decoder(rows, source, flag):
-    """Try the longest row both ways: some decoders get it silently wrong, or scale logits."""
+def check_decoder(rows, source, kind):
+    """Try a row as long as the longest both ways: some decoders get it wrong, or scale logits."""
     # The first layers, each kind among them; in float32, where a right score differs by 1e-4
-    config = load_config(source, flag)
+    config = load_config(source, kind)
     config.num_hidden_layers = min(8, config.num_hidden_layers)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-    model = load_model(source, flag, "float32", config).to(DEVICE)
+    model = load_model(source, kind, "float32", config).to(DEVICE)
 
     prompt, responses = max(rows, key=lambda row: row.length).ids
-    batch, whole = collate_rows([(prompt, responses)]), torch.tensor([prompt + responses[-1]])
-    whole = whole.to(DEVICE) % config.vocab_size  # its tokens may be others: any will do
-    batch["input_ids"] %= config.vocab_size
-    batch["target"] %= config.vocab_size
-    last = whole[0, len(prompt) :]
+    prompt, *responses = (  # any tokens will do
+        torch.randint(config.vocab_size, (len(ids),)).tolist() for ids in (prompt, *responses)
+    )
+    batch, last = collate_rows([(prompt, responses)]), responses[-1]
+    whole = torch.tensor([prompt + last], device=DEVICE)
+
     torch.set_float32_matmul_precision("highest")
     with torch.inference_mode():
-        if isinstance(model, ScoreModel):
+        if kind in SCORE_MODELS:
             error = response_scores(model, batch)[-1] - model(whole, torch.ones_like(whole))[0]
         else:
             logps = model(whole).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
@@ -1154,7 +1147,7 @@ def check_decoder(rows, source, flag):
 
     if not abs(error) <= 0.01:
         wrong = "a decoder whose attention or output head this program gets wrong (tried on a row)"
-        refuse(f"--{flag} {source}: {wrong}; use one such as Llama, Mistral, Qwen2 or GPT-2")
+        refuse(f"--{kind} {source}: {wrong}; use one such as Llama, Mistral, Qwen2 or GPT-2")
 
 
 def export(run, model, path):
@@ -1207,34 +1200,31 @@ def load_tokenizer(source, template=None):
     return tokenizer
 
 
-def encode(tokenizer, examples, max_length=10**9):
-    """Prompts and responses in the template. → ([(prompt_ids, [y0_ids, …]), …], Counter)
+def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
+    """A prompt and responses in the template. → (prompt_ids, [y0_ids, y1_ids, …])
 
-    examples: [(prompt, responses), …]; a response gets the end of sequence. Counted: responses cut
-    to max_length tokens with their prompt, and misaligned ones. A tokenizer splits text by what is
-    around it: prompt and response are encoded as they will be read, joined, and cut where the
-    prompt ends.
+    A response gets the end of sequence, and is cut to max_length tokens with its prompt; counts
+    (a Counter) takes note. A tokenizer splits text by what is around it: prompt and response are
+    encoded as they will be read, joined, and cut where the prompt ends.
     """
-    rows, counts = [], Counter()
+    counts = Counter() if counts is None else counts
     # Some templates state today's date: the same text must not have other tokens tomorrow
     options = {"tokenize": False, "add_generation_prompt": True, "date_string": "26 Jul 2024"}
-    for prompt, responses in examples:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
-        ended = [response + tokenizer.eos_token for response in responses]
-        texts, answers = [text, *(text + response for response in ended)], []
-        head, *joined = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
+    ended = [response + tokenizer.eos_token for response in responses]
+    texts = [text, *(text + response for response in ended)]
+    head, *joined = tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-        room = max(0, max_length - len(head))
-        for response, ids in zip(ended, joined):
-            answer = ids[len(head) :]
-            if ids[: len(head)] != head:  # the prompt's tokens are no prefix: encode it by itself
-                counts["responses whose tokens do not follow the prompt's"] += 1
-                answer = tokenizer(response, add_special_tokens=False)["input_ids"]
-            if len(answer) > room:
-                counts["responses cut to --max_length"] += 1
-            answers.append(answer[:room])
-        rows.append((head, answers))
-    return rows, counts
+    room, answers = max(0, max_length - len(head)), []
+    for response, ids in zip(ended, joined):
+        answer = ids[len(head) :]
+        if ids[: len(head)] != head:  # the prompt's tokens are no prefix: encode it by itself
+            counts["responses whose tokens do not follow the prompt's"] += 1
+            answer = tokenizer(response, add_special_tokens=False)["input_ids"]
+        if len(answer) > room:
+            counts["responses cut to --max_length"] += 1
+        answers.append(answer[:room])
+    return head, answers
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -1344,63 +1334,64 @@ def load_rows(cfg, tokenizer, source, flag, need):
     A prompt has several rows where its responses would make one longer than --row_length; the two
     of a pair are in the same.
     """
-    entries, different, encoded, prompts, used = [], {}, {}, {}, 0
-    for number, entry in enumerate(read_dataset(source, flag, cfg.seed), 1):
-        entries.append(read_row(entry, f"--{flag} {source}, row {number}", need))
-        prompt, texts, _ = entries[-1]
-        different.setdefault(prompt, {}).update(dict.fromkeys(texts))
+    compared, prompts, counts = {}, [], Counter()
+    entries = read_dataset(source, flag, cfg.seed)
+    for number, entry in enumerate(entries, 1):
+        prompt, texts, pair = read_row(entry, f"--{flag} {source}, row {number}", need)
+        compared.setdefault(prompt, []).append((texts, pair))
 
-    ids, counts = encode(tokenizer, different.items(), cfg.max_length)
-    for (prompt, texts), (head, answers) in zip(different.items(), ids):
-        encoded[prompt] = head, dict(zip(texts, answers))
+    for prompt, pairs in compared.items():
+        different = list(dict.fromkeys(text for texts, _ in pairs for text in texts))
+        head, answers = encode(tokenizer, prompt, different, cfg.max_length, counts)
+        ids, rows = dict(zip(different, answers)), []
 
-    for prompt, texts, pair in entries:
-        head, answers = encoded[prompt]
-        answers = [answers[text] for text in texts]
-        if not prompt or not all(text.strip() for text in texts):
-            counts["with an empty prompt or response"] += 1
-        elif len(head) >= cfg.max_length:
-            counts["with a prompt that fills --max_length"] += 1
-        elif texts and answers[0] == answers[1]:
-            counts["of identical responses"] += 1
-        elif pair[5] > pair[4]:
-            counts["whose safer response is unsafe beside a safe one"] += 1
-        else:
-            used += 1
-            rows = prompts.setdefault(prompt, [])
-            if not rows or rows[-1].length + sum(map(len, answers)) > cfg.row_length:
-                rows.append(Row(prompt, [], (head, []), []))
-            for text, answer in zip(texts, answers):
-                if text not in rows[-1].responses:
-                    rows[-1].responses.append(text)
-                    rows[-1].ids[1].append(answer)
-            if texts:
-                numbers = [rows[-1].responses.index(texts[i]) for i in pair[:4]]
-                rows[-1].pairs.append(numbers + pair[4:])
+        for texts, pair in pairs:
+            answers = [ids[text] for text in texts]
+            if not prompt or not all(text.strip() for text in texts):
+                counts["with an empty prompt or response"] += 1
+            elif len(head) >= cfg.max_length:
+                counts["with a prompt that fills --max_length"] += 1
+            elif texts and answers[0] == answers[1]:
+                counts["of identical responses"] += 1
+            elif pair[5] > pair[4]:
+                counts["whose safer response is unsafe beside a safe one"] += 1
+            else:
+                counts["used"] += 1
+                if not rows or rows[-1].length + sum(map(len, answers)) > cfg.row_length:
+                    rows.append(Row(prompt, [], (head, []), []))
+                for text, answer in zip(texts, answers):
+                    if text not in rows[-1].responses:
+                        rows[-1].responses.append(text)
+                        rows[-1].ids[1].append(answer)
+                if texts:
+                    numbers = [rows[-1].responses.index(texts[i]) for i in pair[:4]]
+                    rows[-1].pairs.append(numbers + pair[4:])
 
-    notes = "".join(f", {n} {what}" for what, n in counts.items())
-    say(f"{source}: {len(entries)} rows of {len(prompts)} prompts, {used} used{notes}")
+        if rows:
+            prompts.append(
+                [replace(row, pairs=torch.tensor(row.pairs).view(-1, 6)) for row in rows]
+            )
+
+    used, notes = counts["used"], ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+    say(f"{source}: {len(entries)} rows of {len(prompts)} prompts: {notes}")
     if used * 2 < len(entries) or not used:
         mend = "mend the data, or raise --max_length"
-        refuse(f"--{flag} {source}: too few of {len(entries)} rows can be used{notes}; {mend}")
-    for rows in prompts.values():
-        rows[:] = [replace(row, pairs=torch.tensor(row.pairs).view(-1, 6)) for row in rows]
-    return list(prompts.values())
+        refuse(f"--{flag} {source}: too few of {len(entries)} rows can be used: {notes}; {mend}")
+    return prompts
 
 
 def load_run(cfg, out):
     """Read, check, tokenize and split the data by prompt: table, λ, training. → Run"""
-    flag = next(flag for flag in ("tokenizer", "sft_model", "model") if getattr(cfg, flag))
-    source = getattr(cfg, flag)
-    if source.startswith("{"):
-        source = transformers.ByT5Tokenizer()
-        if cfg.dataset.split(":")[0] == "tiny":
-            source = tiny_tokenizer()
-    with refusing(f"--{flag} {source}: cannot be loaded"):
+    source = cfg.tokenizer or cfg.sft_model or cfg.model
+    with refusing(f"--tokenizer, --sft_model or --model {source}: cannot be loaded"):
+        if source.startswith("{"):
+            source = transformers.ByT5Tokenizer()
+            if cfg.dataset.split(":")[0] == "tiny":
+                source = tiny_tokenizer()
         tokenizer = load_tokenizer(source, cfg.template)
     size = load_config(cfg.sft_model or cfg.model).vocab_size
     if len(tokenizer) > size:
-        refuse(f"--{flag}: {len(tokenizer)} tokens, but the model's vocab_size is {size}")
+        refuse(f"--tokenizer: {len(tokenizer)} tokens, but the model's vocab_size is {size}")
 
     need = COLUMNS[:3]  # the labels of a given model are not needed
     if not cfg.reward_model or cfg.method == "pecan":
@@ -1426,7 +1417,12 @@ def load_run(cfg, out):
     train, lambda_prompts = list(chain(*rest[few:]))[:most], [rows[0].prompt for rows in rest[:few]]
     pairs = sum(len(row.pairs) for row in train)
     say(f"train on {pairs} pairs in {len(train)} rows; λ on {few} prompts, table on {len(table)}")
-    return Run(cfg, out, tokenizer, train, lambda_prompts, list(chain(*table)))
+
+    models = [cfg.reward_model or out / "reward_model", cfg.cost_model or out / "cost_model"]
+    if cfg.method == "pecan":
+        models = [out / "helpful", out / "safe"]
+    models.insert(0, cfg.sft_model or out / "sft")
+    return Run(cfg, out, tokenizer, train, lambda_prompts, list(chain(*table)), *models)
 
 
 # ---- Plumbing: files, processes, resuming (skip on first reading) --------------------------------
@@ -1483,10 +1479,8 @@ def atomic(path):
 def remove(*paths):
     """Delete files and folders, where they are there."""
     for path in paths if RANK == 0 else ():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)  # where it is a file
     gather(None)
 
 
@@ -1500,11 +1494,12 @@ def write(path, value):
             temporary.write_text(text, encoding="utf-8")
 
 
-def cached(run, name, models, compute, *arguments):
-    """compute(run, models, *arguments), from a file if it was computed before from the same."""
-    path, parts = run.out / name, [models, *arguments]
-    for model in models[:3]:  # a folder may be filled anew
-        parts += [file.stat().st_mtime_ns for file in sorted(Path(model).glob("*.*"))]
+def cached(run, name, compute, *arguments):
+    """compute(run, *arguments), from a file if it was computed before from the same."""
+    path, parts = run.out / name, [arguments]
+    for model in (run.reference, run.reward_model, run.cost_model):  # a folder may be filled anew
+        files = sorted(Path(model).glob("*.*"))
+        parts.append((str(model), [file.stat().st_mtime_ns for file in files]))
     source = hashlib.sha256(repr(parts).encode()).hexdigest()
     if path.exists():
         with refusing(f"{path}: cannot be read", "delete it"):
@@ -1513,14 +1508,14 @@ def cached(run, name, models, compute, *arguments):
             return value
         say(f"{path}: the data or the models have changed; computing it again")
 
-    value = compute(run, models, *arguments)
+    value = compute(run, *arguments)
     with atomic(path) as temporary:
         if RANK == 0:
             torch.save((source, value), temporary)
     return value
 
 
-def begin_loop(run, reference, loop):
+def begin_loop(run, loop):
     """The policy in training and the loop, as the last finished iteration left them."""
     cfg, metrics = run.cfg, run.out / "metrics.jsonl"
     if metrics.exists():
@@ -1528,8 +1523,7 @@ def begin_loop(run, reference, loop):
         if len(loop.history) == cfg.iterations:  # nothing is left to do
             return None, loop
 
-    steps = cfg.iterations * cfg.dpo_steps
-    policy = training_model(cfg, "policy", reference, steps, dpo=True)
+    policy = training_model(run, "policy", cfg.iterations * cfg.dpo_steps)
     loop.history = []
     for folder in sorted((run.out / "training").glob("*[0-9]"))[-1:]:
         file = folder / f"{RANK}-of-{WORLD}.pt"
@@ -1653,45 +1647,43 @@ def open_folder(cfg):
     return out
 
 
-def try_score_model(run, flag, source, loss_fn):
+def try_score_model(run, name, loss_fn):
     """Say how a score model ranks the labelled pairs of the table's prompts."""
     rows = [row for row in run.table if len(row.pairs)]
-    if flag == "cost_model":
+    if name == "cost_model":
         rows = [row for row in rows if row.pairs[0, 4]]
     elif run.cfg.reward_model:  # labels of help were not asked for
         rows = []
 
     pairs, right = sum(len(row.pairs) for row in rows), 0.0
     if pairs:
-        for row, values in zip(rows, score_texts(run, flag, source, rows)):
+        for row, values in zip(rows, score_texts(run, name, rows)):
             right += float(loss_fn(row, values)[1]) * len(row.pairs)
-        say(f"{flag}: held-out accuracy of ranking {right / pairs:.1%}, {pairs} pairs")
+        say(f"{name}: held-out accuracy of ranking {right / pairs:.1%}, {pairs} pairs")
     if right < 0.4 * pairs:
-        say(f"  warning: it ranks most the wrong way round; a {flag} is higher for more of it")
+        say(f"  warning: it ranks most the wrong way round; a {name} is higher for more of it")
 
 
 def run_all(run):
     """All stages in order; each finds what an earlier run of the same command has finished."""
-    cfg, rows, scorers = run.cfg, run.train, []
-    first = "sft_model" if cfg.sft_model else "model"
-    for flag in (first, "reward_model", "cost_model"):
-        if getattr(cfg, flag):
-            check_decoder(rows, getattr(cfg, flag), flag)
+    cfg = run.cfg
+    for kind in ("sft_model" if cfg.sft_model else "model", *SCORE_MODELS):
+        if getattr(cfg, kind):
+            check_decoder(run.train, getattr(cfg, kind), kind)
 
-    reference = cfg.sft_model or train_stage(run, "sft", cfg.model, rows, sft_loss)
+    if not cfg.sft_model:
+        train_stage(run, "sft", run.train, sft_loss)
     if cfg.method == "pecan":
-        models = pecan_models(run, reference)
+        pecan_stages(run)
     else:
-        for flag, loss_fn in (("reward_model", reward_loss), ("cost_model", harm_loss)):
-            path = getattr(cfg, flag)
-            path = path or train_stage(run, flag, reference, rows, loss_fn, new_head=True)
-            try_score_model(run, flag, path, loss_fn)
-            scorers.append(path)
-        models = Models(reference, *scorers)
+        for name, loss_fn in zip(SCORE_MODELS, (reward_loss, harm_loss)):
+            if not getattr(cfg, name):
+                train_stage(run, name, run.train, loss_fn)
+            try_score_model(run, name, loss_fn)
 
-    problem, policies = pose(run, models), {"SFT": (reference, None)}
+    problem, policies = pose(run), {"SFT": (run.reference, None)}
     if cfg.method == "sft":
-        export(run, load_model(reference), run.out / "policy")
+        export(run, load_model(run.reference), run.out / "policy")
     elif cfg.method == "dpo":
         policies["DPO"] = one_shot(run, problem, 0.0)
     elif cfg.method == "cdpo":

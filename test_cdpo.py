@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -518,21 +519,24 @@ def test_pecan_takes_the_help_of_a_helpful_policy_as_r_and_minus_a_safe_ones_as_
     logps = {"ref": [-10.0, -10.0], "helpful": [-8.0, -11.0], "safe": [-12.0, -9.0]}
     monkeypatch.setattr(cdpo, "infer", lambda cfg, source, *_: [torch.tensor(logps[source])])
     row = row_of([1, 1], [(0, 1, 0, 1, 1, -1)])  # y0 helps more and harms more
-    run = cdpo.Run(cdpo.Config(beta=0.5), Path(), None, [row], [], [])
-    models = cdpo.Models("ref", "helpful", "safe", implicit=True)
-    (scored,) = cdpo.score(run, models, [row])
+    cfg, models = cdpo.Config(beta=0.5, method="pecan"), ("ref", "helpful", "safe")
+    run = cdpo.Run(cfg, Path(), None, [row], [], [], *models)
+    (scored,) = cdpo.score(run, [row])
     assert scored.reward.tolist() == [1.0, -0.5]  # the helpful policy likes y0
     assert scored.cost.tolist() == [1.0, -0.5]  # and the safe one avoids it
 
-    def train_stage(run, name, source, rows, loss_fn, **_):
+    trained = []
+
+    def train_stage(run, name, rows, loss_fn):
         logps = torch.tensor([-10.0, -10.0], requires_grad=True)
         loss_fn(rows[0], logps)[0].backward()
         winner = {"helpful": 0, "safe": 1}[name]
         assert logps.grad[winner] < 0 < logps.grad[1 - winner], name
-        return name
+        trained.append(name)
 
     monkeypatch.setattr(cdpo, "train_stage", train_stage)
-    assert cdpo.pecan_models(run, "ref") == models
+    cdpo.pecan_stages(run)
+    assert trained == ["helpful", "safe"]
 
 
 def test_sft_weighs_a_response_by_how_often_people_compared_it():
@@ -543,7 +547,7 @@ def test_sft_weighs_a_response_by_how_often_people_compared_it():
 
 def kept_iterates(folder, *entries, cost_limit=0.0):
     """Feeds hand-made iterates (λ, reward, cost, KL) to the loop. → numbers of those kept so far"""
-    run = cdpo.Run(cdpo.Config(beta=0.1), folder, None, [], [], [])
+    run = cdpo.Run(cdpo.Config(beta=0.1), folder, None, [], [], [], *"rrc")
     shutil.rmtree(folder / "policy", ignore_errors=True)
     history = []
     for number, (lam, reward, cost, kl) in enumerate(entries):
@@ -625,7 +629,8 @@ def chat_tokenizer(template=CHATML):
 
 def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_ends_with_the_eos():
     tokenizer, answers = cdpo.load_tokenizer(chat_tokenizer()), ["Fine.", " spaced out \n"]
-    [(head, ys)], counts = cdpo.encode(tokenizer, [("Hi", answers)])
+    counts = Counter()
+    head, ys = cdpo.encode(tokenizer, "Hi", answers, counts=counts)
     turn = [{"role": "user", "content": "Hi"}]
     template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
     assert head == template(turn, add_generation_prompt=True) and not counts
@@ -637,7 +642,7 @@ def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_ends_wi
 def test_a_date_in_a_template_is_pinned():
     dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
     tokenizer = cdpo.load_tokenizer(chat_tokenizer(dated + CHATML))
-    [(head, _)], _ = cdpo.encode(tokenizer, [("How?", [])])
+    head, _ = cdpo.encode(tokenizer, "How?", [])
     assert re.match(r"\d\d \w{3} 20(1\d|2[0-5])<", tokenizer.decode(head))  # a past year
 
 
@@ -650,7 +655,7 @@ def test_a_tokenizer_without_a_template_gets_beavers_and_a_given_one_wins(tmp_pa
         cdpo.load_tokenizer(make(), given).save_pretrained(tmp_path)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)  # as of an exported policy
         plain = functools.partial(tokenizer.encode, add_special_tokens=False)
-        [(head, [y])], _ = cdpo.encode(tokenizer, [(prompt, ["bé"])])
+        head, [y] = cdpo.encode(tokenizer, prompt, ["bé"])
         assert head == plain(text.replace("{prompt}", prompt))
         assert y == [*plain("bé"), tokenizer.eos_token_id]
         turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "How?")]
@@ -661,21 +666,22 @@ def test_a_tokenizer_without_a_template_gets_beavers_and_a_given_one_wins(tmp_pa
 
 def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end():
     tokenizer = cdpo.load_tokenizer(transformers.ByT5Tokenizer(), "Q {prompt}:")
-    [(head, ys)], counts = cdpo.encode(tokenizer, [("a", ["bé", "b" * 50])], 9)
+    counts = Counter()
+    head, ys = cdpo.encode(tokenizer, "a", ["bé", "b" * 50], 9, counts)
     assert [chr(i - 3) for i in head] == list("Q a:")
     assert ys == [[101, 0xC3 + 3, 0xA9 + 3, 1], [101] * 5]
     assert counts == {"responses cut to --max_length": 1}
     tokenizer = cdpo.load_tokenizer(chat_tokenizer())
-    [(_, [y])], counts = cdpo.encode(tokenizer, [("Q", ["\n\nHi"])])  # its newlines merge
-    assert counts.total() == 1 and tokenizer.decode(y) == "\n\nHi<|im_end|>"
+    _, [y] = cdpo.encode(tokenizer, "Q", ["\n\nHi"], counts=counts)  # its newlines merge
+    assert counts.total() == 2 and tokenizer.decode(y) == "\n\nHi<|im_end|>"
 
 
 def test_score_models_read_an_answer_at_its_end_though_it_was_cut_off(tmp_path, monkeypatch):
     cdpo.load_tokenizer(transformers.ByT5Tokenizer()).save_pretrained(tmp_path)
     monkeypatch.setattr(cdpo, "infer", lambda cfg, source, flag, rows, title: rows)
-    run = cdpo.Run(cdpo.Config(), tmp_path, None, [], [], [])
+    run = cdpo.Run(cdpo.Config(), tmp_path, None, [], [], [], "", tmp_path, "")
     cut, ended = cdpo.Row("x", ["ab"], ([7], [[5]]), []), cdpo.Row("x", ["ab"], ([7], [[5, 1]]), [])
-    for row in cdpo.score_texts(run, "reward_model", tmp_path, [cut, ended]):
+    for row in cdpo.score_texts(run, "reward_model", [cut, ended]):
         assert row.ids[1] == [[ord("a") + 3, ord("b") + 3, 1]]  # its own tokens, and the end
 
 
@@ -913,7 +919,7 @@ def enumerated_world(folder, prompts, given):
     words, tables = list(cdpo.TINY_WORDS), []
     answers = [" ".join(ws) for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)]
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    rows, _ = cdpo.encode(tokenizer, [(x, answers) for x in prompts])
+    rows = [cdpo.encode(tokenizer, x, answers) for x in prompts]
     parts = [(head, ys[i : i + 73]) for head, ys in rows for i in range(0, 584, 73)]
     rows = [cdpo.Row("x", [""] * 73, ids, []) for ids in parts]
     for name in ("sft", "policy", "reward_model", "cost_model"):
@@ -989,9 +995,9 @@ def test_a_run_leaves_what_the_contract_names(tiny):
 
 def test_an_exported_chat_model_gives_plain_transformers_the_log_probs_of_training(tmp_path):
     tokenizer, answers = cdpo.load_tokenizer(chat_tokenizer()), ["the answer", " No\n"]
-    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [])
+    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [], *"rrc")
     model = tiny_model("llama", vocab_size=280)
-    rows, _ = cdpo.encode(tokenizer, [("How?", answers)])
+    rows = [cdpo.encode(tokenizer, "How?", answers)]
     logps = cdpo.sequence_logps(model, cdpo.collate_rows(rows)).tolist()
     cdpo.export(run, model, tmp_path / "policy")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
@@ -1015,9 +1021,9 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
     known = {"sft": samples([[2.0, 3.0], [0.0, -1.0]], [[0.0, 1.0], [1.0, 1.0]], zero)}
     reward, cost = [[1.0, 3.0], [0.0, 0.0]], [[-1.0, 1.0], [0.0, 2.0]]
     known["policy"] = samples(reward, cost, [[1.0, 0.5], [0.0, 1.0]])
-    monkeypatch.setattr(cdpo, "measure", lambda run, models, path, *_: known[path])
-    run = cdpo.Run(cdpo.Config(dataset="x"), tmp_path, None, [], [], [row_of([1], [])])
-    problem = cdpo.Problem(None, [], known["sft"], 0.0)
+    monkeypatch.setattr(cdpo, "measure", lambda run, source, *_: known[source])
+    run = cdpo.Run(cdpo.Config(dataset="x"), tmp_path, None, [], [], [row_of([1], [])], *"rrc")
+    problem = cdpo.Problem([], known["sft"], 0.0)
     cdpo.evaluate(run, problem, {"SFT": ("sft", None), "C-DPO": ("policy", 0.5)})
     row = results_of(tmp_path)["C-DPO"]
     assert row["reward_win_rate"] == (0 + 0 + 1 + 0.5 + 0.5 + 1 + 0.5 + 1) / 8  # couples; ties half
