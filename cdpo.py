@@ -386,7 +386,7 @@ def constrained_dpo(run, problem, lam):
         keep_the_better(run, loop.history, entry, limit)
         loop.samples.append(samples)
         loop.lam = next_lambda(cfg, loop, limit)  # (14)
-        report(cfg, samples, lam, f"iteration {iteration}: λ {lam:.4f}")
+        report(cfg, samples, lam, f"iteration {iteration}: λ {lam:.4f},")
         save_loop(run, policy, loop)
 
     remove(run.out / "training", run.out / "iterate")
@@ -500,7 +500,7 @@ def first_lambda(cfg, problem):
     if lam is None:
         with refusing("no first λ", "raise the limit, lower --beta, or draw more --dual_samples"):
             lam = solve_dual(dual.reward, dual.cost, cfg.beta, problem.cost_limit)
-    report(cfg, dual, lam, "π_ref")
+    report(cfg, dual, lam, "π_ref:")
     return lam
 
 
@@ -512,7 +512,7 @@ def report(cfg, samples, lam, title):
     """
     _, reward, cost, log_ratio = samples
     low, high = ci95(cost)
-    text = f"{title}, cost {cost.mean():+.3f} [{low:+.3f}, {high:+.3f}], "
+    text = f"{title} cost {cost.mean():+.3f} [{low:+.3f}, {high:+.3f}], "
     say(text + f"reward {reward.mean():+.3f}, KL {log_ratio.mean():.3f}")
 
     found, m = predict(reward, cost, lam, cfg.beta, log_ratio), cost.shape[1]
