@@ -857,9 +857,7 @@ def score_texts(run, name, rows):
         tokenizer = load_tokenizer(source)
     # Also an answer that was cut off is given an end: a score model has only learned what an end
     # means, and at another token its head may say anything
-    longest, texts = run.cfg.max_length + run.cfg.max_new_tokens, []
-    for row in rows:
-        texts.append(replace(row, ids=encode(tokenizer, row.prompt, row.responses, longest)))
+    texts = [replace(row, ids=encode(tokenizer, row.prompt, row.responses)) for row in rows]
     return infer(run.cfg, source, name, texts, f"scoring by {name}")
 
 
@@ -913,7 +911,7 @@ def sample_batch(model, prompts, count, end, max_new_tokens, generator):
 
 def measure(run, source, prompts, count, key):
     """`count` responses of a policy to each prompt, scored. → Samples. key: of the random draws."""
-    cfg, tokenizer, rows = run.cfg, run.tokenizer, []
+    cfg, tokenizer, size, rows = run.cfg, run.tokenizer, len(run.tokenizer), []
     model = load_model(source, "model", cfg.dtype).to(DEVICE)
     heads = [encode(tokenizer, prompt, [])[0] for prompt in prompts]
 
@@ -930,8 +928,10 @@ def measure(run, source, prompts, count, key):
     for prompt, head, answers in zip(prompts, heads, drawn):
         fit = max(1, (cfg.row_length - len(head)) // cfg.max_new_tokens)  # responses of a row
         for i in range(0, count, fit):
-            texts = tokenizer.batch_decode(answers[i : i + fit], skip_special_tokens=True)
-            rows.append(Row(prompt, texts, (head, answers[i : i + fit]), []))
+            rows.append(Row(prompt, [], (head, answers[i : i + fit]), []))
+            for answer in rows[-1].ids[1]:
+                known = [token for token in answer if token < size]  # a model may have more
+                rows[-1].responses.append(tokenizer.decode(known, skip_special_tokens=True))
 
     rows = score(run, rows)
     scores = [torch.stack([row.reward, row.cost, row.ref_logps]) for row in rows]
@@ -1036,12 +1036,13 @@ class ScoreModel(transformers.PreTrainedModel):
         options = {"dtype": dtype, "key_mapping": names, "output_loading_info": True}
         model, info = super().from_pretrained(path, config=config, **options)
 
-        values = {"score_head.bias": 0.0}  # of what may be missing; these two stand in the config
-        values["normalizer.mean"] = getattr(config, "mean", 0.0)
-        values["normalizer.var"] = getattr(config, "var", 1.0)
+        values = {"score_head.bias": 0.0}  # of what may be missing; moments stand in the config
+        values["normalizer.mean"] = getattr(config, "mean", None) or 0.0
+        values["normalizer.var"] = getattr(config, "var", None) or 1.0
         for name in info["missing_keys"]:
             if name in values:
-                model.state_dict(keep_vars=True)[name].data = torch.tensor([values[name]]).float()
+                value = torch.tensor(values[name]).float().view(1)
+                model.state_dict(keep_vars=True)[name].data = value
             elif not new_head or name != "score_head.weight":
                 raise ValueError(f"it is no score model, it has no {name}")
         return model
@@ -1087,7 +1088,11 @@ def load_model(source, kind="model", dtype="auto", config=None, new_head=False):
             return ScoreModel.from_pretrained(source, config, dtype, new_head)
         if str(source).startswith("{"):
             return AutoModelForCausalLM.from_config(config).eval()
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, config=config)
+        options = {"dtype": dtype, "config": config, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
+        if info["missing_keys"]:
+            raise ValueError(f"it is no causal LM, it has no {min(info['missing_keys'])}")
+        return model
 
 
 def training_model(run, name, steps):
@@ -1120,6 +1125,20 @@ def training_model(run, name, steps):
     return Trainee(name, model, torch.optim.AdamW(model.parameters(), **options), steps)
 
 
+def check_models(run):
+    """Refuse given models that this program would get wrong, before anything is written."""
+    cfg = run.cfg
+    for path in cfg.compare or ():
+        with refusing(f"--compare {path}: cannot be loaded"):
+            words = AutoTokenizer.from_pretrained(path).get_vocab()
+        if words != run.tokenizer.get_vocab():
+            refuse(f"--compare {path}: its tokens are not those of this run")
+        check_decoder(run.train, path, "compare")
+    for kind in ("sft_model" if cfg.sft_model else "model", *SCORE_MODELS):
+        if getattr(cfg, kind):
+            check_decoder(run.train, getattr(cfg, kind), kind)
+
+
 def check_decoder(rows, source, kind):
     """Try a row as long as the longest both ways: some decoders get it wrong, or scale logits."""
     # The first layers, each kind among them; in float32, where a right score differs by 1e-4
@@ -1137,7 +1156,7 @@ def check_decoder(rows, source, kind):
     whole = torch.tensor([prompt + last], device=DEVICE)
 
     torch.set_float32_matmul_precision("highest")
-    with torch.inference_mode():
+    with torch.inference_mode(), refusing(f"--{kind} {source}: cannot be run"):
         if kind in SCORE_MODELS:
             error = response_scores(model, batch)[-1] - model(whole, torch.ones_like(whole))[0]
         else:
@@ -1164,7 +1183,8 @@ def export(run, model, path):
     model.generation_config = transformers.GenerationConfig(eos_token_id=end, do_sample=True)
     with atomic(path) as folder:
         if RANK == 0:
-            model.save_pretrained(folder, state_dict=state)
+            as_read = not isinstance(model, ScoreModel)  # under the names of its checkpoint
+            model.save_pretrained(folder, state_dict=state, save_original_format=as_read)
             config = model.config.to_dict() | {"dtype": run.cfg.dtype}  # not the master weights'
             (folder / "config.json").write_text(json.dumps(config, indent=2))
             run.tokenizer.save_pretrained(folder)
@@ -1295,10 +1315,10 @@ def tiny_tokenizer():
 def read_dataset(source, flag, seed):
     """A file, folder, hub name, perhaps with :SPLIT, or the tiny world. → rows, as dictionaries"""
     name, _, split = source.partition(":")
-    if name == "tiny":
-        return tiny_rows(int(split or 60000), seed)
     kind = Path(name).suffix.removeprefix(".").replace("jsonl", "json")
     with refusing(f"--{flag} {source}: cannot be read", "give a file, a folder or a hub name"):
+        if name == "tiny":
+            return tiny_rows(int(split or 60000), seed)
         if kind in ("json", "csv", "parquet"):
             rows = datasets.load_dataset(kind, data_files=name, split="train")
         elif Path(name, "state.json").exists():  # written by save_to_disk
@@ -1314,6 +1334,8 @@ def read_row(entry, where, need):
         value, right, rule = entry.get(name), isinstance(entry.get(name), str), "text"
         if name in COLUMNS[3:]:
             right, rule = value in (0, 1), "0 or 1, or true or false"
+        if value is None and name in entry and name in COLUMNS[1:3]:
+            continue  # an empty response: its pair is skipped, and counted
         if value is None:
             refuse(f"{where}: column {name} is missing; needed: {', '.join(need)}")
         if not right:
@@ -1322,10 +1344,10 @@ def read_row(entry, where, need):
     chosen = int(entry.get("better_response_id") == 1)
     pair = [chosen, 1 - chosen, 1 - chosen, chosen, 0, 0]
     labels = [entry.get(name) for name in COLUMNS[4:]]
-    if set(labels) <= {0, 1}:
+    if all(label in (0, 1) for label in labels):
         safer, *safe = map(int, labels)
         pair[2:] = 1 - safer, safer, 1 - 2 * safe[1 - safer], 1 - 2 * safe[safer]
-    return entry["prompt"], [entry[name] for name in need[1:3]], pair
+    return entry["prompt"], [entry[name] or "" for name in need[1:3]], pair
 
 
 def load_rows(cfg, tokenizer, source, flag, need):
@@ -1347,7 +1369,7 @@ def load_rows(cfg, tokenizer, source, flag, need):
 
         for texts, pair in pairs:
             answers = [ids[text] for text in texts]
-            if not prompt or not all(text.strip() for text in texts):
+            if not head or not prompt.strip() or not all(text.strip() for text in texts):
                 counts["with an empty prompt or response"] += 1
             elif len(head) >= cfg.max_length:
                 counts["with a prompt that fills --max_length"] += 1
@@ -1389,9 +1411,13 @@ def load_run(cfg, out):
             if cfg.dataset.split(":")[0] == "tiny":
                 source = tiny_tokenizer()
         tokenizer = load_tokenizer(source, cfg.template)
-    size = load_config(cfg.sft_model or cfg.model).vocab_size
+    config = load_config(cfg.sft_model or cfg.model)
+    size = getattr(config, "vocab_size", 0)
     if len(tokenizer) > size:
         refuse(f"--tokenizer: {len(tokenizer)} tokens, but the model's vocab_size is {size}")
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if cfg.max_length + cfg.max_new_tokens > positions:
+        refuse(f"--max_length + --max_new_tokens: more than the model's {positions} positions")
 
     need = COLUMNS[:3]  # the labels of a given model are not needed
     if not cfg.reward_model or cfg.method == "pecan":
@@ -1591,8 +1617,9 @@ def check_settings(cfg):
             refuse(f"--{name} is {value}; it must be finite")
     if min(cfg.beta, cfg.learning_rate, cfg.sft_learning_rate) <= 0:
         refuse("--beta and learning rates must be above 0")
-    if min(cfg.lambda_init or 0.0, cfg.lambda_lr, *(cfg.lambdas or [0.0])) < 0:
-        refuse("--lambda_init, --lambda_lr and --lambdas must be at least 0")
+    lams = [cfg.lambda_init or 0.0, cfg.lambda_lr, *(cfg.lambdas or [])]
+    if not all(0 <= lam < math.inf for lam in lams):
+        refuse("--lambda_init, --lambda_lr and --lambdas must be at least 0, and finite")
     if not 0.5 <= cfg.cost_confidence < 1:
         refuse(f"--cost_confidence is {cfg.cost_confidence}; it must be 0.5 or more, below 1")
     if min(cfg.lambda_samples, cfg.dual_samples) < 2:
@@ -1617,7 +1644,7 @@ OURS += "metrics.jsonl samples.jsonl scores.pt reference_samples.pt *.tmp"
 
 def open_folder(cfg):
     """Make --output_dir, or refuse one of something else, or of a run with other settings."""
-    out, settings, changed = Path(cfg.output_dir), asdict(cfg), ""
+    out, settings, changed = Path(cfg.output_dir), asdict(cfg) | {"overwrite": False}, ""
     with refusing(f"--output_dir {out} cannot be written", "name another folder"):
         out.mkdir(parents=True, exist_ok=True)
         found = set(os.listdir(out))
@@ -1631,10 +1658,10 @@ def open_folder(cfg):
 
     gather(None)  # all have read the old settings before the new ones are written
     if cfg.overwrite:
-        given = cfg.model, cfg.sft_model, cfg.reward_model, cfg.cost_model, *(cfg.compare or ())
-        for model in given:
-            if model and out.resolve() in Path(model).resolve().parents:
-                refuse(f"--overwrite would delete {model}; move it out of {out}")
+        given = [cfg.model, cfg.sft_model, cfg.reward_model, cfg.cost_model, cfg.tokenizer]
+        for source in [*given, cfg.dataset, cfg.eval_dataset, *(cfg.compare or ())]:
+            if source and out.resolve() in Path(source).resolve().parents:
+                refuse(f"--overwrite would delete {source}; move it out of {out}")
         for pattern in OURS.split():
             remove(*out.glob(pattern))
     elif changed and found != {"config.json"}:  # a run that was refused may be corrected
@@ -1644,16 +1671,16 @@ def open_folder(cfg):
                 mend += f" --{flag}_model {out / name}"
         refuse(f"--output_dir {out}: the run there has other settings: {changed}{mend}")
     write(out / "config.json", settings)
-    return out
 
 
 def try_score_model(run, name, loss_fn):
     """Say how a score model ranks the labelled pairs of the table's prompts."""
-    rows = [row for row in run.table if len(row.pairs)]
-    if name == "cost_model":
-        rows = [row for row in rows if row.pairs[0, 4]]
+    rows = run.table
+    if name == "cost_model":  # where it was given, a pair may have no labels of harm
+        rows = [replace(row, pairs=row.pairs[row.pairs[:, 4] != 0]) for row in rows]
     elif run.cfg.reward_model:  # labels of help were not asked for
         rows = []
+    rows = [row for row in rows if len(row.pairs)]
 
     pairs, right = sum(len(row.pairs) for row in rows), 0.0
     if pairs:
@@ -1667,10 +1694,6 @@ def try_score_model(run, name, loss_fn):
 def run_all(run):
     """All stages in order; each finds what an earlier run of the same command has finished."""
     cfg = run.cfg
-    for kind in ("sft_model" if cfg.sft_model else "model", *SCORE_MODELS):
-        if getattr(cfg, kind):
-            check_decoder(run.train, getattr(cfg, kind), kind)
-
     if not cfg.sft_model:
         train_stage(run, "sft", run.train, sft_loss)
     if cfg.method == "pecan":
@@ -1720,10 +1743,15 @@ def main(argv=None):
         dist.init_process_group(backend, timeout=wait, **alone)  # while process 0 writes 81 GB
 
     try:
-        run_all(load_run(cfg, open_folder(cfg)))
+        run = load_run(cfg, Path(cfg.output_dir))
+        check_models(run)
+        open_folder(cfg)  # what is to be refused has been: now it may write
+        run_all(run)
         gather(None)  # no process takes the group down while another still uses it
     except KeyboardInterrupt:
-        refuse(f"stopped; the same command goes on from {cfg.output_dir}", code=130)
+        refuse(
+            f"stopped; the same command, less --overwrite, goes on from {cfg.output_dir}", code=130
+        )
     except torch.OutOfMemoryError:
         less = f"--tokens_per_batch {cfg.tokens_per_batch // 2} to train, or --sample_tokens "
         less += f"{cfg.sample_tokens // 2} to sample; torchrun or --cpu_offload for the weights"

@@ -679,7 +679,8 @@ def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end
 def test_score_models_read_an_answer_at_its_end_though_it_was_cut_off(tmp_path, monkeypatch):
     cdpo.load_tokenizer(transformers.ByT5Tokenizer()).save_pretrained(tmp_path)
     monkeypatch.setattr(cdpo, "infer", lambda cfg, source, flag, rows, title: rows)
-    run = cdpo.Run(cdpo.Config(), tmp_path, None, [], [], [], "", tmp_path, "")
+    cfg = cdpo.Config(max_length=9, max_new_tokens=1)  # in the policy's tokens: theirs may be more
+    run = cdpo.Run(cfg, tmp_path, None, [], [], [], "", tmp_path, "")
     cut, ended = cdpo.Row("x", ["ab"], ([7], [[5]]), []), cdpo.Row("x", ["ab"], ([7], [[5, 1]]), [])
     for row in cdpo.score_texts(run, "reward_model", [cut, ended]):
         assert row.ids[1] == [[ord("a") + 3, ord("b") + 3, 1]]  # its own tokens, and the end
@@ -687,6 +688,7 @@ def test_score_models_read_an_answer_at_its_end_though_it_was_cut_off(tmp_path, 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     entries = cdpo.tiny_rows(40, 0)
+    entries.append({**entries[0], "response_1": None})  # an empty one: skipped and counted
     data = datasets.Dataset.from_list(entries)
     (tmp_path / "a.json").write_text(json.dumps(entries))
     data.to_parquet(tmp_path / "a.parquet")
@@ -798,6 +800,36 @@ def test_a_new_head_on_a_given_decoder_draws_no_other_random_number(tmp_path):
     assert torch.equal(torch.rand(4), after)  # the generator stands where the head's draw left it
     assert torch.equal(model.score_head.weight, head) and model.score_head.bias.item() == 0
     torch.testing.assert_close(model.model.state_dict(), lm.base_model.state_dict(), rtol=0, atol=0)
+
+
+@KINDS
+def test_a_trained_score_model_is_written_as_it_is_read(tmp_path, kind):
+    tiny_model(kind).save_pretrained(tmp_path)
+    model = cdpo.ScoreModel.from_pretrained(tmp_path, new_head=True)
+    tokenizer = cdpo.load_tokenizer(transformers.ByT5Tokenizer())
+    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [], *"rrc")
+    again = cdpo.ScoreModel.from_pretrained(cdpo.export(run, model, tmp_path / "reward_model"))
+    torch.testing.assert_close(again(IDS, MASK), model(IDS, MASK))
+
+
+def test_held_out_accuracy_counts_the_pairs_that_have_labels(tmp_path, monkeypatch, capsys):
+    pairs = [(0, 1, 0, 1, 1, -1), (1, 0, 0, 1, 0, 0)]  # nobody said which of the second is harmful
+    run = cdpo.Run(cdpo.Config(), tmp_path, None, [], [], [row_of([1, 1], pairs)], *"rrc")
+    monkeypatch.setattr(cdpo, "score_texts", lambda *_: [torch.tensor([1.0, 0.0])])
+    cdpo.try_score_model(run, "cost_model", cdpo.harm_loss)
+    assert "100.0%, 1 pairs" in capsys.readouterr().out
+
+
+def test_a_model_may_have_more_tokens_than_its_tokenizer(tmp_path, monkeypatch):
+    def scored(run, rows):
+        return [cdpo.replace(row, reward=zero, cost=zero, ref_logps=zero) for row in rows]
+
+    tokenizer, zero = cdpo.load_tokenizer(transformers.ByT5Tokenizer()), torch.zeros(2)
+    monkeypatch.setattr(cdpo, "load_model", lambda *_: tiny_model("llama"))
+    monkeypatch.setattr(cdpo, "sample_batch", lambda *_: [[[100, 5000, 1], [101]]])
+    monkeypatch.setattr(cdpo, "score", scored)
+    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [], *"rrc")
+    assert cdpo.measure(run, "r", ["x"], 2, 0).rows[0].responses == ["a", "b"]
 
 
 LONG_ROW = [([3, 4], [[5, 6, 7]]), ([5, 6, 7, 8], [list(range(8, 20)), list(range(60, 75))])]
@@ -1193,6 +1225,11 @@ REFUSED = {  # flags: words of the message
     "--reward_model COST": "calls it a cost",
     "--config UNKNOWN.json": "--lamda",
     "--config TYPE.json": "invalid int value: 'many'",
+    "--lambdas 1 nan": "--lambdas must be at least 0, and finite",
+    "--dataset tiny:many": "--dataset tiny:many: cannot be read",
+    "--max_length 60": "more than the model's 64 positions",
+    "--compare nowhere": "--compare nowhere: cannot be loaded",
+    "--sft_model COST --tokenizer GRANITE": "it is no causal LM, it has no lm_head.weight",
     "--cost_limit -50": "the lowest cost that the samples can reach",
     "--model GRANITE --dtype bfloat16": "attention or output head this program gets wrong",
 }
@@ -1275,6 +1312,7 @@ def test_a_refused_folder_keeps_all_and_an_overwritten_one_what_is_yours(quick, 
     again = [*SHORT, "--method", "sft", "--overwrite"]
     given = ["--sft_model", f"{folder}/sft/../sft"]  # in the very folder, by another spelling
     assert "would delete" in refusal_of(capsys, folder, *again, *given)
+    refusal_of(capsys, folder, *again, "--dataset", "/nowhere.jsonl")  # nor is anything lost here
     assert (folder / "sft").exists() and (folder / "metrics.jsonl").exists()
     main(folder, *again)
     assert (folder / "notes.txt").exists() and (folder / "plots.json").exists()
@@ -1284,7 +1322,7 @@ def test_a_refused_folder_keeps_all_and_an_overwritten_one_what_is_yours(quick, 
 def test_a_run_refused_for_its_data_may_be_corrected(tmp_path, capsys):
     refusal_of(capsys, tmp_path / "o", *SHORT, "--dataset", "/nowhere.jsonl")
     cfg = cdpo.parse([*SHORT, "--output_dir", str(tmp_path / "o")])
-    assert cdpo.open_folder(cfg) == tmp_path / "o"
+    cdpo.open_folder(cfg)
     kept = cdpo.parse(["--config", str(tmp_path / "o" / "config.json")])  # nulls and lists, too
     assert kept == cfg
 
