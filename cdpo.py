@@ -127,7 +127,7 @@ class Config:
     tokens_per_batch: int = opt(8192 if GPU else 512, "padded tokens of a micro-batch")
     learning_rate: float = opt(1e-6, "of DPO, at its highest")
     sft_learning_rate: float = opt(1e-5, "of SFT and of the reward and cost models")
-    max_steps: int | None = opt(None, "bound every stage to this many steps, to try things")
+    max_steps: int | None = opt(None, "bound a stage, of DPO an iteration, to so few steps")
     dtype: Literal["float32", "bfloat16"] = opt("bfloat16" if GPU else "float32", "of compute")
     gradient_checkpointing: bool = opt(GPU, "recompute activations in backward, to save memory")
     cpu_offload: bool = opt(False, "keep weights and optimizer in host memory, for a small GPU")
