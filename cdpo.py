@@ -1127,16 +1127,17 @@ def training_model(run, name, steps):
 
 def check_models(run):
     """Refuse given models that this program would get wrong, before anything is written."""
-    cfg = run.cfg
-    for path in cfg.compare or ():
+    given = [("sft_model" if run.cfg.sft_model else "model", run.cfg.sft_model or run.cfg.model)]
+    given += [(kind, getattr(run.cfg, kind)) for kind in SCORE_MODELS if getattr(run.cfg, kind)]
+    for path in run.cfg.compare or ():
+        given.append(("compare", path))
         with refusing(f"--compare {path}: cannot be loaded"):
             words = AutoTokenizer.from_pretrained(path).get_vocab()
         if words != run.tokenizer.get_vocab():
             refuse(f"--compare {path}: its tokens are not those of this run")
-        check_decoder(run.train, path, "compare")
-    for kind in ("sft_model" if cfg.sft_model else "model", *SCORE_MODELS):
-        if getattr(cfg, kind):
-            check_decoder(run.train, getattr(cfg, kind), kind)
+    for kind, source in given:
+        with refusing(f"--{kind} {source}: cannot be run", "use such as Llama, Qwen2 or GPT-2"):
+            check_decoder(run.train, source, kind)
 
 
 def check_decoder(rows, source, kind):
@@ -1156,7 +1157,7 @@ def check_decoder(rows, source, kind):
     whole = torch.tensor([prompt + last], device=DEVICE)
 
     torch.set_float32_matmul_precision("highest")
-    with torch.inference_mode(), refusing(f"--{kind} {source}: cannot be run"):
+    with torch.inference_mode():
         if kind in SCORE_MODELS:
             error = response_scores(model, batch)[-1] - model(whole, torch.ones_like(whole))[0]
         else:
