@@ -1128,7 +1128,9 @@ def training_model(run, name, steps):
 def check_models(run):
     """Refuse given models that this program would get wrong, before anything is written."""
     given = [("sft_model" if run.cfg.sft_model else "model", run.cfg.sft_model or run.cfg.model)]
-    given += [(kind, getattr(run.cfg, kind)) for kind in SCORE_MODELS if getattr(run.cfg, kind)]
+    for kind in SCORE_MODELS:
+        if getattr(run.cfg, kind):
+            given.append((kind, getattr(run.cfg, kind)))
     for path in run.cfg.compare or ():
         given.append(("compare", path))
         with refusing(f"--compare {path}: cannot be loaded"):
@@ -1676,14 +1678,17 @@ def open_folder(cfg):
 
 def try_score_model(run, name, loss_fn):
     """Say how a score model ranks the labelled pairs of the table's prompts."""
-    rows = run.table
-    if name == "cost_model":  # where it was given, a pair may have no labels of harm
-        rows = [replace(row, pairs=row.pairs[row.pairs[:, 4] != 0]) for row in rows]
-    elif run.cfg.reward_model:  # labels of help were not asked for
-        rows = []
-    rows = [row for row in rows if len(row.pairs)]
+    if name == "reward_model" and run.cfg.reward_model:
+        return  # labels of help were not asked for
 
-    pairs, right = sum(len(row.pairs) for row in rows), 0.0
+    rows, pairs, right = [], 0, 0.0
+    for row in run.table:
+        if name == "cost_model":  # where it was given, a pair may have no labels of harm
+            row = replace(row, pairs=row.pairs[row.pairs[:, 4] != 0])
+        if len(row.pairs):
+            rows.append(row)
+            pairs += len(row.pairs)
+
     if pairs:
         for row, values in zip(rows, score_texts(run, name, rows)):
             right += float(loss_fn(row, values)[1]) * len(row.pairs)
