@@ -1447,10 +1447,11 @@ def load_run(cfg, out):
     pairs = sum(len(row.pairs) for row in train)
     say(f"train on {pairs} pairs in {len(train)} rows; λ on {few} prompts, table on {len(table)}")
 
-    models = [cfg.reward_model or out / "reward_model", cfg.cost_model or out / "cost_model"]
+    models = [cfg.sft_model or out / "sft"]
     if cfg.method == "pecan":
-        models = [out / "helpful", out / "safe"]
-    models.insert(0, cfg.sft_model or out / "sft")
+        models += [out / "helpful", out / "safe"]
+    else:
+        models += [cfg.reward_model or out / "reward_model", cfg.cost_model or out / "cost_model"]
     return Run(cfg, out, tokenizer, train, lambda_prompts, list(chain(*table)), *models)
 
 
@@ -1667,7 +1668,7 @@ def open_folder(cfg):
                 refuse(f"--overwrite would delete {source}; move it out of {out}")
         for pattern in OURS.split():
             remove(*out.glob(pattern))
-    elif changed and found != {"config.json"}:  # a run that was refused may be corrected
+    elif changed and found != {"config.json"}:  # nothing is made yet
         mend = "go on with those, discard them by --overwrite, or name another folder and reuse"
         for flag, name in (("sft", "sft"), ("reward", "reward_model"), ("cost", "cost_model")):
             if (out / name).exists():
@@ -1751,7 +1752,7 @@ def main(argv=None):
     try:
         run = load_run(cfg, Path(cfg.output_dir))
         check_models(run)
-        open_folder(cfg)  # what is to be refused has been: now it may write
+        open_folder(cfg)  # data and models are sound: now it may write, or discard
         run_all(run)
         gather(None)  # no process takes the group down while another still uses it
     except KeyboardInterrupt:
