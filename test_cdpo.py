@@ -7,8 +7,12 @@ differentiation, or the enumeration of a world that is small enough to list.
     python test_cdpo.py --beta 0.1 --seed 3     # one run in the tiny world, measured by enumeration
 """
 
+import builtins
+import dis
 import functools
+import gzip
 import inspect
+import io
 import itertools
 import json
 import math
@@ -20,8 +24,10 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import filelock
 import numpy as np
 import pytest
 import tokenizers
@@ -123,18 +129,7 @@ def bisected_lambda(reward, cost, beta, limit, lam_max=100.0, log_ref=0.0):
     return high
 
 
-def test_score_losses_agree_with_equations_3_and_5_in_numpy():
-    first, second = np.random.default_rng(0).normal(0, 3, (2, 60))
-    loss = cdpo.bradley_terry_loss(F64(first), F64(second))
-    assert loss.item() == pytest.approx(-log_sigmoid(first - second).mean(), abs=1e-12)
-    s_worse, s_better = np.tile([[1, 1, -1], [1, -1, -1]], 20)  # no safe one worse than an unsafe
-    expected = -log_sigmoid(first - second)
-    expected -= log_sigmoid(s_worse * first) + log_sigmoid(s_better * second)
-    loss = cdpo.cost_loss(F64(first), F64(second), F64(s_worse), F64(s_better))
-    assert loss.shape == () and loss.item() == pytest.approx(expected.mean(), abs=1e-12)
-
-
-def test_losses_and_their_gradients_stay_finite_and_linear_at_huge_scores():
+def test_losses_stay_finite_and_linear_at_huge_scores_and_are_zero_of_no_pair():
     # exp(1e4) overflows; −log σ(−x) is x there, so the values are known by hand
     logps = torch.tensor([[-1e4, 1e4]], requires_grad=True)
     (low, high), one = logps.T, torch.ones(1)
@@ -146,6 +141,10 @@ def test_losses_and_their_gradients_stay_finite_and_linear_at_huge_scores():
     ]:
         assert loss.item() == pytest.approx(value)
         assert torch.autograd.grad(loss, logps, retain_graph=True)[0].isfinite().all()
+    none = logps[:0]
+    losses = [cdpo.bradley_terry_loss(*none.T), cdpo.cost_loss(*none.T, *none.detach().T)]
+    for loss in (*losses, dpo_loss(none, none.detach(), none[:, 0].detach(), 0.1)):
+        assert loss.item() == 0 and torch.autograd.grad(loss, logps)[0].isfinite().all()
 
 
 def test_soft_labels_are_the_preference_of_the_lagrangian_reward():
@@ -154,8 +153,7 @@ def test_soft_labels_are_the_preference_of_the_lagrangian_reward():
         odds = np.exp(reward - lam * cost)  # Bradley–Terry: odds of a win
         p = relabel(F64(reward), F64(cost), lam)
         assert p.numpy() == pytest.approx(odds[:, 0] / odds.sum(1), abs=1e-12)
-    huge = F64([[1e4, -1e4], [-1e4, 1e4]])  # odds beyond any float
-    assert relabel(huge, 0 * huge, 1.0).tolist() == [1.0, 0.0]
+    assert relabel(F64([[1e4, -1e4]]), F64([[0.0, 0.0]]), 1.0).item() == 1.0  # odds beyond a float
 
 
 def test_soft_relabel_is_the_expectation_of_sampled_labels():
@@ -196,6 +194,7 @@ def test_lambda_step_by_hand_for_costs_of_any_shape():
         cost = F64([1.0, 2.0, 3.0, 4.0, 5.0, 9.0]).reshape(shape)  # mean 4
         for limit, lam in ((1.5, 0.45), (5.5, 0.05), (4.0, 0.2), (9.0, 0.0)):
             assert cdpo.lambda_step(0.2, cost, limit, 0.1) == pytest.approx(lam, abs=1e-12)
+    assert math.isnan(cdpo.lambda_step(0.2, F64([1.0, math.nan]), 0.0, 0.1))  # is no λ of 0
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
@@ -209,11 +208,9 @@ def test_dual_value_is_the_highest_lagrangian_and_its_slope_the_slack_of_pi_lamb
         return (policy * objective).sum(1).mean()
 
     best = (reward - lam * cost) / beta  # up to 1e4: its exponential would overflow
-    for dtype, accuracy in [(torch.float64, 1e-9), (torch.float32, 1e-4)]:
-        value = cdpo.dual_value(F64(reward).to(dtype), F64(cost).to(dtype), lam, beta, limit)
-        assert value.item() == pytest.approx(lagrangian(best), rel=accuracy)
-    others = [lagrangian(best + rng.normal(0, 1, best.shape)) for _ in range(200)]
-    assert lagrangian(best) >= max(others)
+    value = cdpo.dual_value(F64(reward), F64(cost), lam, beta, limit).item()
+    assert value == pytest.approx(lagrangian(best), rel=1e-9)
+    assert value >= max(lagrangian(best + rng.normal(0, 1, (6, 9))) for _ in range(200))
     ends = [cdpo.dual_value(F64(reward), F64(cost), lam + d, beta, limit) for d in (-eps, eps)]
     slack = limit - tilted_cost(reward, cost, lam, beta)  # (14)
     assert float(ends[1] - ends[0]) / (2 * eps) == pytest.approx(slack, rel=1e-3)
@@ -243,15 +240,29 @@ def test_solve_dual_is_zero_for_a_slack_limit_and_says_what_can_be_reached_for_a
     for number in range(20):
         reward, cost, beta, scale, start, _, lowest = dual_problem(number)
         assert solve_dual(F64(reward), F64(cost), beta, start + 0.1 * scale) == 0.0
-        at_end = tilted_cost(reward, cost, 0.5, beta)  # of lam_max = 0.5
         with pytest.raises(ValueError) as error:
             solve_dual(F64(reward), F64(cost), beta, lowest - 0.1 * scale, 0.5)
-        named = re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", str(error.value))
-        for value in (lowest, at_end):  # to four digits
-            assert any(float(x) == pytest.approx(value, rel=5e-4) for x in named), error.value
-    for broken in ((reward * math.nan, cost), (reward, cost * math.inf)):
-        with pytest.raises(ValueError, match="not finite"):
-            solve_dual(*map(F64, broken), beta, 0.0)
+        named = [*map(float, re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", str(error.value)))]
+        for value in (lowest, tilted_cost(reward, cost, 0.5, beta)):  # to four digits; at lam_max
+            assert any(x == pytest.approx(value, rel=5e-4) for x in named), error.value
+
+
+def test_solve_dual_takes_finite_scores_only_each_by_itself():
+    # infinities may cancel in a sum of two; a weight of 0 would hide others
+    for values in itertools.product((0.0, math.inf, -math.inf, math.nan), repeat=3):
+        reward, cost, log_ratio = scores = F64([[[1.0, 0.0]], [[1.0, -1.0]], [[0.0, 0.0]]])
+        scores[:, 0, 0] += F64(values)
+        if any(values):  # NaN, too
+            with pytest.raises(ValueError, match="not finite"):
+                solve_dual(reward, cost, 1.0, 0.0, log_ratio=log_ratio)
+    huge = F64([[1.7e308, 0.0]])  # finite, though reward − cost and cost − log_ratio overflow
+    assert solve_dual(huge, -huge, 1.0, 0.0) == 0.0
+    assert solve_dual(0 * huge, -huge, 1.0, 0.0, log_ratio=huge) == 0.0
+
+
+def test_implicit_reward_by_hand():
+    policy, reference = F64([[-8.0, -11.0, 0.0]]), F64([[-10.0, -10.0, -2.0]])
+    assert cdpo.implicit_reward(policy, reference, 0.5).tolist() == [[1.0, -0.5, 1.0]]
 
 
 def test_estimate_and_ci95_by_hand_are_clustered_by_prompt():
@@ -259,66 +270,39 @@ def test_estimate_and_ci95_by_hand_are_clustered_by_prompt():
     values, error = F64([[-5.0, 5.0], [1.0, 3.0], [4.0, 4.0]]), 2 / math.sqrt(3)
     assert estimate(values) == estimate(values, 0.5) == pytest.approx(2.0, abs=1e-12)
     assert estimate(values, 0.95) == pytest.approx(2 + 1.644854 * error, abs=1e-5)
+    assert estimate(values[1:2]) == 2.0  # of one prompt
     interval = [2 - 1.959964 * error, 2 + 1.959964 * error]
     assert cdpo.ci95(values) == pytest.approx(interval, abs=1e-5)
 
 
 def test_predict_by_hand():
-    # λ = 2, β = 0.5, (r − λc)/β − log_ratio: 0 and ln 3 for both prompts, so weights 1/4 and 3/4
-    cost, log_ratio = F64([[1.0, 2.0], [-1.0, 3.0]]), F64([[0.3, 0.1], [-1.0, 0.5]])
-    reward = 2 * cost + 0.5 * F64([0.0, math.log(3)])
+    # three prompts, two samples; (r − λc)/β − log_ratio is 0 and ln 3, or twice 0; λ = 2, β = 0.5
+    cost = F64([[1.0, 2.0], [-1.0, 3.0], [0.5, 0.0]])
+    log_ratio = F64([[0.3, 0.1], [-1.0, 0.5], [0.0, 2.0]])
+    weights = np.array([[0.25, 0.75], [0.25, 0.75], [0.5, 0.5]])
+    reward = 2 * cost + 0.5 * F64([[0.0, math.log(3)]] * 2 + [[0.0, 0.0]])
     for r, ratio in ((reward, None), (reward + 0.5 * log_ratio, log_ratio)):
         found = cdpo.predict(r, cost, 2.0, 0.5, ratio)
-        means = (r * F64([0.25, 0.75])).sum(1).tolist()
-        assert found["cost"] == pytest.approx((1.75 + 2.0) / 2, abs=1e-12)
-        assert found["reward"] == pytest.approx(sum(means) / 2, abs=1e-12)
-        assert found["ess"] == pytest.approx(1 / (1 / 16 + 9 / 16), abs=1e-12)
-        kl = math.log(2) + 0.25 * math.log(0.25) + 0.75 * math.log(0.75)
-        assert found["kl"] == pytest.approx(kl, abs=1e-12)
+        assert found["cost"] == pytest.approx((1.75 + 2.0 + 0.25) / 3, abs=1e-12)
+        assert found["reward"] == pytest.approx((weights * r.numpy()).sum() / 3, abs=1e-12)
+        assert found["ess"] == pytest.approx((1.6 + 1.6 + 2) / 3, abs=1e-12)  # 1/Σw²
+        entropy = -(weights * np.log(weights)).sum() / 3
+        assert found["kl"] == pytest.approx(math.log(2) - entropy, abs=1e-12)
     sure = cdpo.predict(F64([[900.0, 0.0, 0.0]]), F64([[1.0, 0.0, 0.0]]), 0.0, 1.0)
     assert (sure["ess"], sure["cost"]) == (1.0, 1.0) and sure["kl"] == pytest.approx(math.log(3))
 
 
-def test_reweighted_samples_of_another_policy_stand_for_samples_of_pi_ref():
-    # π_ref and π over five responses; π's samples, each exactly as often as π has it
-    reward, cost = np.random.default_rng(16).normal(0, 1, (2, 4, 5))
-    ref, pi, beta = np.array([5, 1, 2, 7, 5]) / 20, np.array([1, 8, 5, 2, 4]) / 20, 0.6
-    y = np.repeat(np.arange(5), [1, 8, 5, 2, 4])
-    log_ratio = F64(np.tile(np.log(pi / ref)[y], (4, 1)))
-    drawn = F64(reward[:, y]), F64(cost[:, y])
-    expected = bisected_lambda(reward, cost, beta, -0.4, log_ref=np.log(ref))
-    lam = solve_dual(*drawn, beta, -0.4, log_ratio=log_ratio)
-    assert lam > 0.1 and lam == pytest.approx(expected, rel=1e-9)
-    assert solve_dual(*drawn, beta, -0.4) != pytest.approx(expected, rel=0.05)  # as if π_ref's
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_each_public_function_works_when_pasted_beside_torch_and_math_alone(dtype):
-    a, b = torch.randn(2, 5, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    one, limit = torch.ones(5, dtype=dtype), (b.amin(1).mean().item() + b.mean().item()) / 2
-    rows = random_rows([(5, [3, 4]), (2, [1, 0, 6])])
-    for name, *arguments in [
-        ("bradley_terry_loss", a[:, 0], b[:, 0]),
-        ("cost_loss", a[:, 0], b[:, 0], one, -one),
-        ("relabel", a, b, 0.3, "sample"),
-        ("dpo_loss", a, b, one / 2, 0.1),
-        ("lambda_step", 0.1, b, 0.0, 0.1),
-        ("dual_value", a, b, 0.3, 0.1, 0.0),
-        ("solve_dual", a, b, 1.0, limit, 100.0, a / 9),
-        ("implicit_reward", a, b, 0.1),
-        ("estimate", a, 0.9),
-        ("ci95", a),
-        ("predict", a, b, 0.3, 0.5, a / 9),
-        ("collate_rows", rows, 7),
-        ("sequence_logps", tiny_model("llama"), cdpo.collate_rows(rows)),
-    ]:
-        results = []
-        for function in (getattr(cdpo, name), pasted(getattr(cdpo, name))[name]):
-            torch.manual_seed(0)
-            results.append(function(*arguments))
-        torch.testing.assert_close(*results, rtol=0, atol=0)
-        if name in ("lambda_step", "solve_dual", "estimate"):
-            assert type(results[0]) is float, name
+def test_each_public_function_can_be_pasted_beside_torch_and_math_alone():
+    names = (
+        "bradley_terry_loss cost_loss relabel dpo_loss lambda_step dual_value solve_dual predict "
+    )
+    names += "implicit_reward estimate ci95 collate_rows sequence_logps"
+    for name in names.split():
+        codes = [getattr(cdpo, name).__code__]
+        for code in codes:  # and of the functions within it
+            codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+            used = {x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"}
+            assert used <= {"torch", "math", *dir(builtins)}, name
 
 
 # ---- Rows of a prompt and its responses ----------------------------------------------------------
@@ -392,7 +376,7 @@ def test_an_empty_response_is_scored_at_the_prompts_end_and_an_empty_prompt_refu
     assert (logps == 0).tolist() == [False, True, False, True]
     write_classifier(tmp_path, "llama")
     model = cdpo.ScoreModel.from_pretrained(tmp_path).eval()
-    scores = cdpo.response_scores(model, cdpo.collate_rows(rows)).tolist()
+    scores = cdpo.outputs_of(model, cdpo.collate_rows(rows)).tolist()
     for prompt, y in [(prompt, y) for prompt, responses in rows for y in responses]:  # in order
         ids = torch.tensor([prompt + y])
         assert scores.pop(0) == pytest.approx(model(ids, torch.ones_like(ids)).item(), abs=1e-4)
@@ -408,50 +392,7 @@ def test_log_probs_of_a_bfloat16_model_are_taken_in_float32():
     assert (logps != logps.bfloat16().float()).float().mean() > 0.8
 
 
-def row_of(lengths, pairs, scores=None):
-    """A row with a prompt of four tokens and responses that their text tells apart."""
-    ids = [[100 + i] * n for i, n in enumerate(lengths)]
-    scores = map(torch.tensor, scores or ())
-    texts, pairs = [f"y{i}" for i in range(len(ids))], torch.tensor(pairs).view(-1, 6).long()
-    return cdpo.Row("x", texts, ([7] * 4, ids), pairs, *scores)
-
-
-def test_a_long_prompt_gives_several_rows_each_labelled_pair_whole_in_one(tmp_path):
-    rng = random.Random(3)
-    couples = [tuple(rng.sample("abcdefghijklmnopqrstuvwxyz", 2)) for _ in range(60)]
-    couples += couples[:5]  # repeated pairs count each time
-    entries = [{**GOOD, "response_0": a, "response_1": b} for a, b in couples]
-    ((whole,),) = rows_from(written(tmp_path / "d.jsonl", entries))
-    assert len(whole.pairs) == whole.weight == 65 and len(whole.responses) == 26
-    head, ys = whole.ids
-    (parts,), found = rows_from(tmp_path / "d.jsonl", row_length=len(head) + 12), []
-    for part in parts:
-        assert part.ids[0] == head and part.length <= len(head) + 12
-        assert len(part.responses) == len(set(part.responses)) and part.weight == len(part.pairs)
-        assert part.ids[1] == [ys[whole.responses.index(text)] for text in part.responses]
-        for chosen, rejected, worse, better, *signs in part.pairs.tolist():
-            assert (worse, better, signs) == (chosen, rejected, [1, -1])
-            found.append((part.responses[rejected], part.responses[chosen]))
-    assert len(parts) > 5 and sorted(found) == sorted(couples)
-
-
-def test_equal_samples_all_count_and_make_no_pair():
-    samples = cdpo.Row("x", ["a", "b", "a", "c"], ([1], [[5], [6], [5], [7]]), [])
-    pairs = cdpo.pairs_of(samples, True).tolist()
-    assert pairs == [[0, 1], [0, 3], [1, 2], [1, 3], [2, 3]]
-    assert (samples.weight, samples.length) == (2, 5)  # of m/2 pairs
-
-
-def test_micro_batches_keep_their_padded_tokens_within_the_budget():
-    rng = random.Random(0)
-    for size in (1, 3, 64, 200):
-        lengths = [int(rng.lognormvariate(5.5, 0.8)) for _ in range(size)]
-        groups = cdpo.micro_batches(lengths, 1024)
-        assert sorted(i for group in groups for i in group) == list(range(size))
-        assert max(lengths) in [lengths[i] for i in groups[0]]  # what is too large shows at once
-        padded = [len(group) * max(lengths[i] for i in group) for group in groups if group]
-        assert all(n <= 1024 or len(group) == 1 for n, group in zip(padded, groups))
-
+# ---- What flows, and the losses of the stages ----------------------------------------------------
 
 HARM = {"safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False}
 GOOD = {"prompt": "mix oil", "response_0": "wait", "response_1": "burn", "better_response_id": 1}
@@ -464,10 +405,21 @@ def written(path, rows):
     return str(path)
 
 
-def rows_from(path, need=NEED, **settings):
+def rows_from(path, model="{}", **settings):
     """The rows of each prompt of a dataset, by the program's reader and the byte tokenizer."""
-    tokenizer = cdpo.load_tokenizer(transformers.ByT5Tokenizer())
-    return cdpo.load_rows(cdpo.Config(**settings), tokenizer, str(path), "dataset", need)
+    cfg, tokenizer = cdpo.Config(dataset=str(path), **settings), cdpo.load_tokenizer(model)
+    return cdpo.load_rows(cfg, tokenizer, "dataset", NEED)
+
+
+def row_of(lengths, compared=(), helpful=(), harmful=(), scores=()):
+    """A row with a prompt of four tokens and responses that their text tells apart."""
+    ids = [[100 + i] * n for i, n in enumerate(lengths)]
+    texts, scores = [f"y{i}" for i in range(len(ids))], map(torch.tensor, scores)
+    return cdpo.Row("x", texts, ([7] * 4, ids), compared, helpful, harmful, *scores)
+
+
+def run_of(folder=Path(), tokenizer=None, rows=(), reward_rows=(), **settings):
+    return cdpo.Run(cdpo.Config(**settings), folder, tokenizer, rows, [], [], reward_rows, [])
 
 
 def test_score_losses_are_oriented_as_the_labels_are(tmp_path):
@@ -477,7 +429,13 @@ def test_score_losses_are_oriented_as_the_labels_are(tmp_path):
         {**GOOD, "response_0": "c", "response_1": "a", "better_response_id": 0},
         {**GOOD, "response_0": "c", "response_1": "a", "safer_response_id": 1},
     ]
-    entries[2] |= {"is_response_0_safe": False, "is_response_1_safe": False}
+    entries[2] |= {"is_response_0_safe": "false", "is_response_1_safe": "0.0"}
+    entries[1] |= {
+        "safer_response_id": False,
+        "is_response_0_safe": "1.0",
+        "is_response_1_safe": "0",
+    }
+    entries[0] |= {"better_response_id": "TRUE", "is_response_0_safe": 1}  # in any usual way
     ((row,),) = rows_from(written(tmp_path / "d.jsonl", entries))
     assert row.responses == ["a", "b", "c"] and row.weight == 3
     a, b, c = values = 0.3, 1.0, -2.0
@@ -492,216 +450,426 @@ def test_score_losses_are_oriented_as_the_labels_are(tmp_path):
     assert loss.item() == pytest.approx(by_hand) and accuracy.item() == pytest.approx(2 / 3)
 
 
-def test_dpo_on_a_row_is_the_mean_over_all_pairs_or_over_the_datasets():
-    reward, cost, ref, logps = [1.0, 0.0, 2.0], [0.5, -1.0, 2.0], [-3.0, -4.0, -5.0], [-2, -5, -4.5]
-    compared, beta = [(0, 1), (0, 1), (2, 0)], 0.3
-    row = row_of([1, 2, 3], [(i, j, i, j, 1, -1) for i, j in compared], (reward, cost, ref))
-    for all_pairs, couples in [(True, [(0, 1), (0, 2), (1, 2)]), (False, compared)]:
-        expected = 0.0
-        for i, j in couples:
-            p = np.exp(log_sigmoid(reward[i] - 0.8 * cost[i] - reward[j] + 0.8 * cost[j]))
-            h = beta * (logps[i] - ref[i] - logps[j] + ref[j])
-            expected -= (p * log_sigmoid(h) + (1 - p) * log_sigmoid(-h)) / 3
-        cfg = cdpo.Config(beta=beta, all_pairs=all_pairs)
-        loss, _ = cdpo.relabelled_dpo(cfg, 0.8, 0)(row, torch.tensor(logps))
-        assert loss.item() == pytest.approx(expected)
-
-
-def test_pecan_takes_the_help_of_a_helpful_policy_as_r_and_minus_a_safe_ones_as_c(monkeypatch):
-    logps = {"ref": [-10.0, -10.0], "helpful": [-8.0, -11.0], "safe": [-12.0, -9.0]}
-    monkeypatch.setattr(cdpo, "infer", lambda cfg, source, *_: [torch.tensor(logps[source])])
-    row = row_of([1, 1], [(0, 1, 0, 1, 1, -1)])  # y0 helps more and harms more
-    cfg, models = cdpo.Config(beta=0.5, method="pecan"), ("ref", "helpful", "safe")
-    run = cdpo.Run(cfg, Path(), None, [row], [], [], *models)
-    (scored,) = cdpo.score(run, [row])
-    assert scored.reward.tolist() == [1.0, -0.5]  # the helpful policy likes y0
-    assert scored.cost.tolist() == [1.0, -0.5]  # and the safe one avoids it
-
-    trained = []
-
-    def train_stage(run, name, rows, loss_fn):
-        logps = torch.tensor([-10.0, -10.0], requires_grad=True)
-        loss_fn(rows[0], logps)[0].backward()
-        winner = {"helpful": 0, "safe": 1}[name]
-        assert logps.grad[winner] < 0 < logps.grad[1 - winner], name
-        trained.append(name)
-
-    monkeypatch.setattr(cdpo, "train_stage", train_stage)
-    cdpo.pecan_stages(run)
-    assert trained == ["helpful", "safe"]
-
-
 def test_sft_weighs_a_response_by_how_often_people_compared_it():
-    row = row_of([2, 3, 4], [(0, 1, 0, 1, 1, -1), (0, 2, 0, 2, 1, -1)])
+    row = row_of([2, 3, 4], [(0, 1), (0, 2)])
     loss, _ = cdpo.sft_loss(row, torch.tensor([-5.0, -7.0, -11.0]))
     assert loss.item() == pytest.approx((5 + 7 + 5 + 11) / (2 + 3 + 2 + 4))
 
 
-def kept_iterates(folder, *entries, cost_limit=0.0):
-    """Feeds hand-made iterates (λ, reward, cost, KL) to the loop. → numbers of those kept so far"""
-    run = cdpo.Run(cdpo.Config(beta=0.1), folder, None, [], [], [], *"rrc")
-    shutil.rmtree(folder / "policy", ignore_errors=True)
-    history = []
-    for number, (lam, reward, cost, kl) in enumerate(entries):
-        (folder / "iterate").mkdir(exist_ok=True)
-        (folder / "iterate" / "name").write_text(str(number))
-        entry = {"lambda": lam, "reward_mean": reward, "cost_bound": cost, "kl": kl}
-        cdpo.keep_the_better(run, history, entry | {"iteration": number}, cost_limit)
-    assert (folder / "policy" / "name").read_text() == str(history[-1]["kept"])
-    return [entry["kept"] for entry in history]
+def dpo_by_hand(row, logps, couples, lam, beta):
+    """(12) and (13) on couples of a row, their mean."""
+    r_lam, ratio, losses = row.reward - lam * row.cost, logps - row.ref_logps, []
+    for i, j in couples:
+        p, h = np.exp(log_sigmoid(r_lam[i] - r_lam[j])), beta * float(ratio[i] - ratio[j])
+        losses.append(-p * log_sigmoid(h) - (1 - p) * log_sigmoid(-h))
+    return np.mean(losses)
 
 
-def test_the_iterate_kept_has_the_highest_objective_less_an_exact_penalty(tmp_path):
-    kept = functools.partial(kept_iterates, tmp_path)
+def test_dpo_on_a_row_is_the_mean_over_all_pairs_or_over_the_datasets():
+    scores = [1.0, 0.0, 2.0], [0.5, -1.0, 2.0], [-3.0, -4.0, -5.0]
+    row, logps = row_of([1, 2, 3], [(0, 1), (0, 1), (2, 0)], scores=scores), F64([-2.0, -5.0, -4.5])
+    for all_pairs, couples in [(True, [(0, 1), (0, 2), (1, 2)]), (False, row.compared)]:
+        cfg = cdpo.Config(beta=0.3, all_pairs=all_pairs)
+        loss, _ = cdpo.relabelled_dpo(cfg, 0.8, 0)(row, logps)
+        assert loss.item() == pytest.approx(dpo_by_hand(row, logps, couples, 0.8, 0.3))
+    samples = cdpo.Row("x", ["a", "b", "a"], ([1], [[5], [6], [5]]))  # two of them are equal
+    assert cdpo.pairs_of(samples, True).tolist() == [[0, 1], [1, 2]]
+    assert (samples.weight, samples.length) == (1.5, 4)  # as of m/2 pairs
+
+
+# ---- The method ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recycle", [True, False])
+def test_algorithm_1_relabels_fits_samples_steps_and_keeps_the_best(recycle, tmp_path, monkeypatch):
+    scores, logps = ([1.0, 0.0], [0.5, 0.0], [-3.0, -3.0]), F64([-2.0, -4.0])
+    rows = [row_of([i + 1, 1], [(0, 1)], scores=scores) for i in range(7)]
+    both, spread = torch.ones(3, 2), F64([[-0.1], [0.0], [0.1]])  # three prompts, two samples
+    dual, *iterates = [  # of π_ref, and of three iterates
+        cdpo.Samples([row_of([9] * 2)] * 3, r * both, c * both + spread, 0 * both)
+        for r, c in ((0.0, 0.0), (1.0, 0.4), (2.0, -0.2), (1.0, -0.2))
+    ]
+    width = 1.644854 * 0.1 / math.sqrt(3)  # from the mean to the bound at 95%
+    trained, losses = [], []
+
+    def train(cfg, policy, steps, loss_fn):
+        trained.append(steps)
+        losses.append(loss_fn(rows[0], logps)[0].item())
+        return {"loss": losses[-1], "accuracy": 1.0}
+
+    policy = SimpleNamespace(model=SimpleNamespace(inner=None, to=lambda device: None))
+    monkeypatch.setattr(cdpo, "start_training", lambda *_: policy)
+    monkeypatch.setattr(cdpo, "train", train)
+    monkeypatch.setattr(cdpo, "export", lambda run, _, path: os.makedirs(path / str(len(trained))))
+    monkeypatch.setattr(cdpo, "measure", lambda *_: iterates[len(trained) - 1])
+    settings = {"beta": 0.5, "batch_size": 4, "dpo_steps": 5, "iterations": 3, "recycle": recycle}
+    settings |= {"lambda_step": "gradient", "lambda_lr": 0.5, "cost_confidence": 0.95}
+    run, first = run_of(tmp_path, **settings), 1.0
+    second = first + 0.5 * (0.4 + width)  # (14)
+    lams = [first, second, second + 0.5 * (width - 0.2)]
+    assert cdpo.constrained_dpo(run, rows, dual, 0.0, first) == pytest.approx(second)
+
+    history = json_lines(tmp_path / "metrics.jsonl")
+    assert [entry["lambda"] for entry in history] == pytest.approx(lams)
+    assert losses == pytest.approx([dpo_by_hand(rows[0], logps, [(0, 1)], x, 0.5) for x in lams])
+    assert [entry["kept"] for entry in history] == [0, 1, 1]
+    assert os.listdir(tmp_path / "policy") == ["2"]  # the second iterate
+    # An iteration has its steps of the dataset and, once, the newest samples: at first π_ref's
+    for steps, newest in zip(trained, [dual, *iterates]):
+        fresh = [row for step in steps for row in step if not row.compared]
+        assert [len(step) - 4 for step in steps] == ([1, 1, 1, 0, 0] if recycle else [0] * 5)
+        assert all(any(row is new for new in newest.rows) for row in fresh)
+    seen = Counter(row.length for step in itertools.chain(*trained) for row in step)
+    assert {seen[row.length] for row in rows} == {8, 9}  # 60 of 7: passes go on over iterations
+    assert cdpo.constrained_dpo(run, rows, dual, 0.0, first) == pytest.approx(second)
+    assert len(trained) == 3  # found, not trained again
+
+
+def kept(*iterates, limit=0.0, noise=0.0):
+    """The number kept of hand-made iterates (λ, reward, cost, KL), on four prompts, β = 0.1."""
+    history, sampled = [], []
+    for i, (lam, reward, cost, kl) in enumerate(iterates):
+        rewards = reward + i * noise * F64([[1.0], [-1.0], [1.0], [-1.0]])
+        history.append({"lambda": lam, "cost_bound": cost})
+        sampled.append(cdpo.Samples([], rewards, None, torch.full((4, 1), kl)))
+        best = cdpo.best_iterate(cdpo.Config(beta=0.1), history, sampled, limit)
+        history[-1]["kept"] = best
+    return best
+
+
+def test_the_iterate_kept_has_the_highest_objective_less_an_exact_penalty():
     # a good policy 0.006 over the limit is not given up for a collapsed one under it
-    assert kept((1.3, 3.4, 0.006, 5.0), (1.4, 2.4, -0.11, 18.9)) == [0, 0]
+    assert kept((1.3, 3.4, 0.006, 5.0), (1.4, 2.4, -0.11, 18.9)) == 0
     # nor one that meets the limit for what breaking it earns: at λ = 1 the price is above 1
-    assert kept((1.0, 1.0, 0.0, 0.0), (1.0, 2.0, 1.0, 0.0)) == [0, 0]
+    assert kept((1.0, 1.0, 0.0, 0.0), (1.0, 2.0, 1.0, 0.0)) == 0
     # of those that meet it the higher reward − β·KL, slack earns nothing; the limit may be any
-    assert kept((1.0, 1.0, -1.0, 0.0), (1.0, 1.1, -0.1, 0.5)) == [0, 1]
-    assert kept((1.0, 1.0, -0.1, 0.0), (1.0, 1.4, -0.1, 5.0)) == [0, 0]
-    assert kept((1.0, 1.0, -0.9, 0.0), (1.0, 1.1, -0.1, 0.0), cost_limit=-0.5) == [0, 0]
+    assert kept((1.0, 1.0, -1.0, 0.0), (1.0, 1.1, -0.1, 0.5)) == 1
+    assert kept((1.0, 1.0, -0.1, 0.0), (1.0, 1.4, -0.1, 5.0)) == 0
+    assert kept((1.0, 1.0, -0.9, 0.0), (1.0, 1.1, -0.1, 0.0), limit=-0.5) == 0
     # of those that break it the one that breaks it less, though it earns a little less
-    assert kept((1.0, 1.0, 1.0, 0.0), (1.0, 0.5, 0.5, 0.0), (1.0, 0.4, 0.6, 0.0)) == [0, 1, 1]
+    assert kept((1.0, 1.0, 1.0, 0.0), (1.0, 0.5, 0.5, 0.0), (1.0, 0.4, 0.6, 0.0)) == 1
 
 
-def loop_of(policies, lams, cost_limit=0.0, m=20_000):
-    """A Loop whose iterations fitted policies exp(share · (r − λc)/β), share 1 where converged."""
+def test_of_iterates_within_the_noise_of_their_difference_the_later_is_kept():
+    better, worse = (1.0, 1.0, -1.0, 0.0), (1.0, 0.9, -1.0, 0.0)
+    assert kept(better, better) == 1
+    # their difference on four prompts is 0.1 ± noise: a standard error of noise·√(4/3)/2
+    assert kept(better, worse, noise=0.16) == 0 and kept(better, worse, noise=0.18) == 1
+    # what is common to both is no noise: the difference is paired by prompt
+    assert kept((1.0, 0.0, -1.0, 0.0), better, worse, noise=0.16) == 1
+    # but none that breaks the limit for one that meets it
+    assert kept((1.0, 1.0, 0.0, 0.0), (1.0, 1.0, 0.01, 0.0), noise=9.0) == 0
+
+
+def scores_of(n, m):
+    """Rewards and costs of n prompts × m responses: what helps tends to harm."""
+    reward, cost = F64(np.random.default_rng(3).normal(0, 1, (2, n, m)))
+    return reward, cost + 0.7 * reward + 0.4
+
+
+def next_lambda(policies, lams, limit=0.0, width=0.0, m=20_000):
+    """λ after iterations that fitted exp(share · (r − λc)/β), share 1 where converged; and λ*.
+
+    width: how far the bound of the cost is above its mean.
+    """
     torch.manual_seed(0)
-    reward, cost, log_ref = F64(np.random.default_rng(3).normal(0, 1, (3, 6, 30)))
-    cost, log_ref, beta = cost + 0.7 * reward + 0.4, log_ref.log_softmax(1), 0.5
-    loop = cdpo.Loop(lams[-1])
+    (reward, cost), log_ref, beta = scores_of(6, 30), torch.randn(6, 30).double(), 0.5
+    log_ref, history, sampled = log_ref.log_softmax(1), [], []
     for share, lam in zip(policies, lams):
         log_ratio = (log_ref + share * (reward - lam * cost) / beta).log_softmax(1) - log_ref
         y = torch.multinomial((log_ref + log_ratio).exp(), m, replacement=True)
-        drawn = cdpo.Samples([], *(x.gather(1, y) for x in (reward, cost, log_ratio)))
-        loop.samples.append(drawn)
-        loop.history.append({"lambda": lam, "cost_bound": float(drawn.cost.mean())})
-    world = [x.numpy() for x in (reward, cost)]
-    star = bisected_lambda(*world, beta, cost_limit, log_ref=log_ref.numpy())
-    return cdpo.next_lambda(cdpo.Config(beta=beta), loop, cost_limit), star
+        sampled.append(cdpo.Samples([], *(x.gather(1, y) for x in (reward, cost, log_ratio))))
+        mean = float(sampled[-1].cost.mean())
+        history.append({"lambda": lam, "cost_mean": mean, "cost_bound": mean + width})
+    world = reward.numpy(), cost.numpy(), beta, limit - width
+    star = bisected_lambda(*world, log_ref=log_ref.numpy())
+    return cdpo.next_lambda(cdpo.Config(beta=beta), history, sampled, limit), star
 
 
 def test_the_dual_step_goes_to_the_multiplier_at_once_from_samples_of_any_policy():
     for policies, lams in (([0.0], [0.0]), ([1.0], [0.3]), ([0.5, 1.0], [2.0, 0.5])):
-        lam, star = loop_of(policies, lams)
-        assert lam == pytest.approx(star, abs=0.04) and star > 0.4
+        for width in (0.0, 0.2):  # where a bound is to meet the limit, the mean aims below it
+            lam, star = next_lambda(policies, lams, width=width)
+            assert lam == pytest.approx(star, abs=0.04) and star > 0.4
 
 
 def test_a_gap_that_lasts_raises_lambda_boundedly_and_lambda_falls_by_half_of_the_way():
-    lam, star = loop_of([0.5, 0.5], [0.8, 0.8])  # twice as far behind: over the limit
-    assert (0.8 + star) / 2 + 0.02 < lam < 1.6
-    beyond, _ = loop_of([2.0, 2.0], [0.8, 0.8])  # a policy beyond π_λ is safer than it must be
-    assert beyond == pytest.approx((0.8 + star) / 2, abs=0.03)
-    lam, _ = loop_of([1.0], [0.8], cost_limit=-50.0)  # no response costs so little: 1.5·λ + β/std
-    assert 1.2 < lam < 2.0
+    lam, star = next_lambda([0.5, 0.5], [0.8, 0.8])  # twice as far behind: over the limit
+    half = pytest.approx((0.8 + star) / 2, abs=0.03)
+    assert half.expected + 0.02 < lam < 1.6
+    assert next_lambda([0.5], [0.8])[0] == half  # a gap seen once may be noise
+    assert next_lambda([2.0, 2.0], [0.8, 0.8])[0] == half  # beyond π_λ: safer than it must be
+    scores = torch.tensor([0.0, 1.0, 0.0])[:, None, None].expand(3, 2, 4)  # any π_λ costs 1
+    gaps = {(1.4, 1.2): 0.1, (1.5, 1.4, 1.2): 0.1, (1.2, 1.4): 0.4}  # it halves; so; it grows
+    for costs, gap in (gaps | {(1.4, 0.9): 0, (0.9, 1.4): 0, (1.4,): 0}).items():
+        history = [{"lambda": 0.7, "cost_mean": cost} for cost in costs]
+        assert cdpo.lasting_gap(cdpo.Config(), history, scores) == pytest.approx(gap, abs=1e-6)
 
 
-# ---- Text, tokens and data -----------------------------------------------------------------------
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def chat_tokenizer(template=CHATML):
-    """Bytes and a few merges."""
-    names, byte_level = ["<|im_start|>", "<|im_end|>"], tokenizers.pre_tokenizers
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = byte_level.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    options = {"initial_alphabet": byte_level.ByteLevel.alphabet(), "show_progress": False}
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=names, **options)
-    tokenizer.train_from_iterator(["\n\n\n", "the answer is here"] * 9, trainer)
-    settings = {"eos_token": "<|im_end|>", "chat_template": template}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
-
-
-def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_ends_with_the_eos():
-    tokenizer, answers = cdpo.load_tokenizer(chat_tokenizer()), ["Fine.", " spaced out \n"]
-    counts = Counter()
-    head, ys = cdpo.encode(tokenizer, "Hi", answers, counts=counts)
-    turn = [{"role": "user", "content": "Hi"}]
-    template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
-    assert head == template(turn, add_generation_prompt=True) and not counts
-    for text, y in zip(answers, ys):
-        assert tokenizer.decode(y) == text + "<|im_end|>"  # nothing is stripped
-        assert (head + y) == template([*turn, {"role": "assistant", "content": text}])[:-1]
-    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
-    head, _ = cdpo.encode(chat_tokenizer(dated + CHATML), "How?", [])
-    assert re.match(r"\d\d \w{3} 20(1\d|2[0-5])<", tokenizer.decode(head))  # a past year
+def test_lambda_never_falls_with_the_limit_nor_leaps_where_it_is_barely_feasible_or_is_not(capsys):
+    cfg, (reward, cost) = cdpo.Config(beta=0.1), scores_of(24, 4)
+    scores = reward, cost, 0 * cost
+    lowest, ratio = float(cost.amin(1).mean()), float(reward.std(1).mean() / cost.std(1).mean())
+    above = [2.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, -1e-6, -1e-4, -0.1, -10.0]
+    for lam in (0.0, 1.0, 3.0):
+        found = [cdpo.closed_form(cfg, lam, scores, lowest + x) for x in above]
+        cap = 1.5 * lam + 2 * ratio  # up by half, and by twice the λ of equal weights
+        assert found == sorted(found) and found[-4:] == pytest.approx([cap] * 4)
+        exact = [bisected_lambda(reward.numpy(), cost.numpy(), 0.1, lowest + x) for x in above[:3]]
+        assert found[:3] == pytest.approx(exact, abs=1e-6) and 0 < exact[1] < exact[2] < cap
+    dual, limit = cdpo.Samples([row_of([1])] * 24, *scores), lowest + 1e-4
+    exact = bisected_lambda(reward.numpy(), cost.numpy(), 0.1, limit)
+    for method, first in (("cdpo", 2 * ratio), ("pecaid", 2 * ratio), ("mocan", exact)):
+        found = cdpo.first_lambda(cdpo.Config(beta=0.1, method=method), dual, limit)
+        assert found == pytest.approx(first) and exact > 2 * ratio, method
+    with pytest.raises(SystemExit):  # a limit that no response meets
+        cdpo.first_lambda(cfg, dual, lowest - 1)
+    assert f"lowest cost that the samples can reach is {lowest:.5g}"[:-1] in capsys.readouterr().err
 
 
-def test_a_tokenizer_without_a_template_gets_beavers_and_a_given_one_wins(tmp_path):
-    beaver = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
-    nasty = "\"Q\" 'it''s' \\n {x} {{ y }} {% z %} {# c #}\n é 😀 {prompt}\n}} A:\n\n"
-    byte, prompt = transformers.ByT5Tokenizer, "mix {prompt} {{oil}} \\"
-    cases = [(byte, None, beaver), (byte, nasty, nasty), (chat_tokenizer, nasty, nasty)]
-    for make, given, text in cases:
-        cdpo.load_tokenizer(make(), given).save_pretrained(tmp_path)
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path)  # as of an exported policy
-        plain = functools.partial(tokenizer.encode, add_special_tokens=False)
-        head, [y] = cdpo.encode(tokenizer, prompt, ["bé"])
-        assert head == plain(text.replace("{prompt}", prompt))
-        assert y == [*plain("bé"), tokenizer.eos_token_id]
-        turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "How?")]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        chat = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert f"Hello.{tokenizer.eos_token}" in chat  # as one who chats with the policy sends it
+def test_pecan_takes_the_help_of_a_helpful_policy_as_r_and_minus_a_safe_ones_as_c(monkeypatch):
+    logps = {"sft": [-10.0, -10.0], "helpful": [-8.0, -11.0], "safe": [-12.0, -9.0]}
+    monkeypatch.setattr(cdpo, "values_of", lambda run, name, rows: [torch.tensor(logps[name])])
+    row = row_of([1, 1], [(0, 1)], harmful=[(0, 1, 1, -1)])  # y0 harms more
+    other = row_of([1, 1], [(0, 1)], helpful=[(0, 1)])  # and helps more, in another dataset
+    for method in ("pecan", "pecaid"):
+        run = run_of(Path("/nowhere"), None, [row], [other], beta=0.5, method=method)
+        (scored,) = cdpo.score(run, [row])
+        assert scored.reward.tolist() == [1.0, -0.5]  # the helpful policy likes y0
+        assert scored.cost.tolist() == [1.0, -0.5]  # and the safe one avoids it
+    signs = {}
+
+    def fit_stage(run, name, rows, loss_fn):
+        logps = torch.tensor([-10.0, -10.0], requires_grad=True)
+        loss_fn(rows[0], logps)[0].backward()
+        signs[name] = logps.grad.sign().tolist()
+
+    monkeypatch.setattr(cdpo, "fit_stage", fit_stage)
+    cdpo.pecan_stages(run)
+    assert signs == {"helpful": [-1, 1], "safe": [1, -1]}  # of a loss: what wins has −1
 
 
-def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end():
-    tokenizer = cdpo.load_tokenizer(transformers.ByT5Tokenizer(), "Q {prompt}:")
-    counts = Counter()
-    head, ys = cdpo.encode(tokenizer, "a", ["bé", "b" * 50], 9, counts)
-    assert [chr(i - 3) for i in head] == list("Q a:")
-    assert ys == [[101, 0xC3 + 3, 0xA9 + 3, 1], [101] * 5]
-    assert counts == {"responses cut to --max_length": 1}
-    tokenizer = cdpo.load_tokenizer(chat_tokenizer())
-    _, [y] = cdpo.encode(tokenizer, "Q", ["\n\nHi"], counts=counts)  # its newlines merge
-    assert counts.total() == 2 and tokenizer.decode(y) == "\n\nHi<|im_end|>"
+# ---- Whole runs, which tests share ---------------------------------------------------------------
+
+TINY = str(Path(__file__).with_name("tiny_config.json"))
+FEW = ["--config", TINY, "--dataset", "tiny:400"]
+SHORT = f"--config {TINY} --dataset tiny:1500 --max_steps 4 --iterations 2 --lambda_samples 4"
+SHORT = [*SHORT.split(), "--eval_samples", "4", "--dual_samples", "8"]
+QUICK = [*SHORT, "--lambda_init", "1"]
 
 
-def test_score_models_read_an_answer_at_its_end_though_it_was_cut_off(tmp_path, monkeypatch):
-    cdpo.load_tokenizer(transformers.ByT5Tokenizer()).save_pretrained(tmp_path)
-    monkeypatch.setattr(cdpo, "infer", lambda cfg, source, flag, rows, title: rows)
-    cfg = cdpo.Config(max_length=9, max_new_tokens=1)  # in the policy's tokens: theirs may be more
-    run = cdpo.Run(cfg, tmp_path, None, [], [], [], "", tmp_path, "")
-    cut, ended = cdpo.Row("x", ["ab"], ([7], [[5]]), []), cdpo.Row("x", ["ab"], ([7], [[5, 1]]), [])
-    for row in cdpo.score_texts(run, "reward_model", [cut, ended]):
-        assert row.ids[1] == [[ord("a") + 3, ord("b") + 3, 1]]  # its own tokens, and the end
+def results_of(folder):
+    return {row["name"]: row for row in json.loads((folder / "results.json").read_text())}
 
 
-def test_every_kind_of_file_gives_the_same_rows(tmp_path):
-    entries = cdpo.tiny_rows(40, 0)
-    entries.append({**entries[0], "response_1": None})  # an empty one: skipped and counted
-    data = datasets.Dataset.from_list(entries)
-    (tmp_path / "a.json").write_text(json.dumps(entries))
-    data.to_parquet(tmp_path / "a.parquet")
-    data.to_csv(tmp_path / "a.csv")
-    data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
-    expected = rows_from(written(tmp_path / "a.jsonl", entries))
-    for name in ("a.json", "a.parquet", "a.csv", "one", "splits/train"):
-        assert repr(rows_from(tmp_path / name)) == repr(expected), name
+def main(folder, *flags):
+    cdpo.main([*flags, "--output_dir", str(folder)])
+    return results_of(folder)
 
 
-def test_prompts_of_the_table_of_lambda_and_of_training_are_different_ones(tmp_path):
-    entries = [{**GOOD, "prompt": f"prompt {i % 100}", "response_0": f"a{i}"} for i in range(300)]
-    table = written(tmp_path / "eval.jsonl", [{"prompt": "prompt 7"}, {"prompt": "new"}])
-    data = written(tmp_path / "d.jsonl", entries)
-    for given in (None, table):
-        cfg = cdpo.Config(dataset=data, model=SMALL, lambda_prompts=9, eval_dataset=given)
-        run = cdpo.load_run(cfg, tmp_path)
-        train, table = ({row.prompt for row in part} for part in (run.train, run.table))
-        parts = [table, run.lambda_prompts, train]
-        different = {i for part in parts for i in part}
-        assert len(different) == sum(map(len, parts)) and len(parts[1]) == 9
-        assert given is None or table == {"prompt 7", "new"}
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ---- Score models, and decoders that rows would get wrong ----------------------------------------
+def tensors_of(folder):
+    return load_file(folder / "policy" / "model.safetensors")
+
+
+def reusing(folder):
+    names = {"sft_model": "sft", "reward_model": "reward_model", "cost_model": "cost_model"}
+    return [word for flag, name in names.items() for word in (f"--{flag}", str(folder / name))]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The README's first command, on less data."""
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    main(folder, "--config", TINY, "--dataset", "tiny:24000", "--iterations", "4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A short run of every stage, the undisturbed one that others are compared with."""
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    main(folder, *QUICK)
+    return folder
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def tiny_world(count, tokenizer=None):
+    """Rows of the tiny world, and their tokenizer."""
+    tokenizer, cfg = tokenizer or cdpo.tiny_tokenizer(), cdpo.Config(dataset=f"tiny:{count}")
+    return list(itertools.chain(*cdpo.load_rows(cfg, tokenizer, "dataset", NEED))), tokenizer
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2: Conv1D, and its head is its embedding
+@pytest.mark.parametrize("stage", ["policy", "reward_model"])
+def test_lora_begins_at_its_base_and_adds_a_low_rank_to_each_linear_layer(tmp_path, kind, stage):
+    (rows, tokenizer), rank, base = tiny_world(60), 3, tiny_model(kind)
+    base.save_pretrained(tmp_path / "base")
+    settings = {"sft_model": str(tmp_path / "base"), "lora_rank": rank, "dtype": "float32"}
+    run = run_of(tmp_path, tokenizer, learning_rate=0.01, sft_learning_rate=0.01, **settings)
+    trainee, batch = cdpo.start_training(run, stage, 8), cdpo.collate_rows([x.ids for x in rows])
+    if stage == "policy":  # bit for bit, in the mode of training
+        assert torch.equal(trainee.model(batch), cdpo.sequence_logps(base, batch))
+    head = {n: w.clone() for n, w in trainee.model.inner.named_parameters() if "score_head" in n}
+    loss_fn = cdpo.reward_loss if head else cdpo.sft_loss
+    cdpo.train(run.cfg, trainee, [rows[:8], rows[8:16]] * 4, loss_fn)
+    after = trainee.model(batch)
+
+    cdpo.export(run, trainee.model.inner, tmp_path / stage)
+    kinds = {"policy": AutoModelForCausalLM, "reward_model": cdpo.ScoreModel}
+    exported = kinds[stage].from_pretrained(tmp_path / stage).eval()
+    if stage == "policy":  # of plain transformers
+        found = separate_logps(exported, [row.ids for row in rows])
+        assert exported.generation_config.eos_token_id == tokenizer.eos_token_id
+    else:
+        found = cdpo.outputs_of(exported, batch)
+    assert (found - after).abs().max() < 1e-4
+
+    old, layers = dict(base.base_model.named_parameters()), 0
+    for name, weight in exported.base_model.named_parameters():
+        if weight.dim() == 2 and re.match(r"(layers|h)\.", name):
+            values = torch.linalg.svdvals((weight - old[name]).double())
+            assert values[0] > 1e-3 and values[rank] < 1e-5 * values[0], name
+            layers += 1
+        else:
+            assert torch.equal(weight, old[name]), name
+    assert layers == {"llama": 2 * 7, "gpt2": 2 * 4}[kind]
+    if head:  # a new one, trained whole
+        assert not torch.equal(exported.score_head.weight, head["score_head.weight"])
+    else:
+        assert torch.equal(exported.lm_head.weight, base.lm_head.weight)
+
+
+def test_a_step_takes_the_mean_over_its_pairs_however_it_is_cut_at_a_rate_that_falls(tmp_path):
+    (rows, tokenizer), weights = tiny_world(60), []
+    tiny_model("llama").save_pretrained(tmp_path)
+    settings = {"sft_model": str(tmp_path), "lora_rank": 0, "dtype": "float32"}
+    for budget in (10**6, 40, 1):  # all at once; a few rows; one by one
+        run = run_of(tmp_path, tokenizer, tokens_per_batch=budget, **settings)
+        trainee = cdpo.start_training(run, "reward_model", 80)
+        with torch.no_grad():
+            scores = cdpo.by_row(trainee.model, rows[:20])
+        gaps = [s[i] - s[j] for s, row in zip(scores, rows) for i, j in row.helpful]
+        numbers = cdpo.train(run.cfg, trainee, [rows[:20], rows[20:30]], cdpo.reward_loss)
+        assert numbers["first_loss"] == pytest.approx(-log_sigmoid(gaps).mean(), abs=1e-5)
+        weights.append([*trainee.model.parameters()])
+    for other in weights[1:]:
+        torch.testing.assert_close(weights[0], other, rtol=0, atol=1e-6)
+    shares = [trainee.scheduler.lr_lambdas[0](step) for step in (0, 1, 9, 25, 40, 60, 79)]
+    assert shares == pytest.approx([0.1, 0.2, 1.0, 1.0, 1.0, 0.5, 0.025])
+
+
+def test_micro_batches_keep_their_padded_tokens_within_the_budget():
+    rng = random.Random(0)
+    for size in (1, 3, 64, 200):
+        lengths = [int(rng.lognormvariate(5.5, 0.8)) for _ in range(size)]
+        groups = cdpo.micro_batches(lengths, 1024)
+        assert sorted(i for group in groups for i in group) == list(range(size))
+        assert max(lengths) in [lengths[i] for i in groups[0]]  # what is too large shows at once
+        padded = [len(group) * max(lengths[i] for i in group) for group in groups if group]
+        assert all(n <= 1024 or len(group) == 1 for n, group in zip(padded, groups))
+    assert len(cdpo.micro_batches([100] * 64, 800)) == 8
+
+
+def test_held_out_accuracy_is_of_the_labels_that_there_are_by_hand(capsys, monkeypatch):
+    helpful = [(0, 1), (2, 1), (2, 0), (1, 0)]  # the last contradicts the first; y2 scores most
+    harm, help_ = row_of([1, 1], harmful=[(0, 1, 1, -1)]), row_of([1] * 3, helpful=helpful)
+    monkeypatch.setattr(cdpo, "fit_stage", lambda *_: None)
+    for name, loss_fn, scores, found in (
+        ("reward_model", cdpo.reward_loss, [1.0, 0.0, 2.0], "75.0%, 4 pairs"),
+        ("cost_model", cdpo.harm_loss, [1.0, 0.0], "100.0%, 1 pairs"),
+        ("cost_model", cdpo.harm_loss, [0.0, 1.0], "0.0%, 1 pairs"),  # a harmlessness reward
+    ):
+        monkeypatch.setattr(cdpo, "values_of", lambda *_, scores=scores: [torch.tensor(scores)])
+        cdpo.score_model_stage(run_of(cost_model="given"), name, [], [harm, help_], loss_fn)
+        said = capsys.readouterr().out
+        assert found in said and ("the wrong way round" in said) == found.startswith("0")
+
+
+# ---- Sampling and measuring ----------------------------------------------------------------------
+
+
+def test_score_models_read_an_answer_at_its_end_though_it_was_cut_off(tmp_path):
+    theirs = write_classifier(tmp_path, "llama", vocab_size=300)
+    cdpo.load_tokenizer("{}").save_pretrained(tmp_path)
+    run = run_of(tmp_path, cost_model=str(tmp_path), max_length=9, dtype="float32")
+    row = cdpo.Row("x", ["ab", "", "abc"], ([7], [[5], [1], [5, 1]]))  # in the policy's tokens
+    prompt = "BEGINNING OF CONVERSATION: USER: x ASSISTANT:"
+    (scores,) = cdpo.values_of(run, "cost_model", [row])
+    for text, found in zip(row.responses, scores.tolist()):
+        ids = torch.tensor([[ord(letter) + 3 for letter in prompt + text] + [1]])  # bytes; the end
+        assert theirs(ids).logits.item() == pytest.approx(found, abs=1e-4)
+
+
+def test_samples_are_from_the_policy_whatever_the_checkpoints_generation_config_says(tmp_path):
+    model = tiny_model("llama", vocab_size=280)
+    settings = {"do_sample": True, "top_k": 3, "temperature": 0.4, "repetition_penalty": 5.0}
+    settings |= {"min_new_tokens": 2, "bad_words_ids": [[5], [6]], "eos_token_id": 7}
+    model.generation_config = transformers.GenerationConfig(**settings)
+    model.save_pretrained(tmp_path)
+    model = cdpo.load_model(tmp_path).float()  # as the program loads it
+    prompts, n, end = [[5, 6, 7], [9]], 8000, 279
+    torch.manual_seed(0)
+    answers = cdpo.sample(model, SimpleNamespace(eos_token_id=end), prompts, n, 2)
+    for prompt, drawn in zip(prompts, answers, strict=True):
+        assert len(drawn) == n and all(len(ids) == 2 or ids == [end] for ids in drawn)
+        first = torch.tensor([ids[0] for ids in drawn])
+        token = int(first.mode().values)  # and after the likeliest first token, the second one
+        second = torch.tensor([ids[1] for ids in drawn if ids[0] == token != end])
+        for ids, tokens in ((prompt, first), (prompt + [token], second)):
+            p = model(torch.tensor([ids])).logits[0, -1].softmax(dim=-1)
+            frequency, likely = tokens.bincount(minlength=280) / len(tokens), p > 0.01
+            deviation = (p * (1 - p) / len(tokens)).sqrt()
+            assert likely.sum() > 3 and ((p - frequency).abs() < 5 * deviation)[likely].all()
+
+
+def test_what_a_policy_says_is_shown_in_one_line_with_what_its_samples_promise(capsys):
+    row = cdpo.Row("how\n\nto?", ["so:\n" + "word " * 90, "b"], ([7], [[5], [6]]))
+    reward, cost = F64([[0, 1, 1], [1, 0, 0]]), F64([[0, 1, 0.5], [0.5, 0.5, 0.5]])
+    samples = cdpo.Samples([row, row], reward, cost, 0 * cost)
+    for beta in (10.0, 0.01):  # the weights of 0.01 rest on single samples
+        cdpo.report(cdpo.Config(beta=beta), samples, 0.0, "title:")
+        first, second, *others = capsys.readouterr().out.splitlines()
+        assert first.startswith("title: cost +0.500 [+0.500, +0.500]") and len(second) < 100
+        assert second.strip().startswith("how to? → so: word word")
+        assert ("warning" in "".join(others)) == (beta == 0.01)
+
+
+def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
+    def samples(reward, cost, log_ratio=((0.0, 0.0), (0.0, 0.0))):
+        rows = [row_of([1, 2], scores=(r, c, [0.0, 0.0])) for r, c in zip(reward, cost)]
+        return cdpo.Samples(rows, *map(torch.tensor, (reward, cost, log_ratio)))
+
+    reward, known = [[1.0, 3.0], [0.0, 0.0]], {}
+    known["sft"] = samples([[2.0, 3.0], [0.0, -1.0]], [[0.0, 1.0], [1.0, 1.0]])
+    known["policy"] = samples(reward, [[-1.0, 1.0], [0.0, 2.0]], [[1.0, 0.5], [0.0, 1.0]])
+    known["safe"] = samples(reward, [[-1.0, -3.0], [-1.0, -2.0]])  # −1.75 ± 0.49
+    known["harmful"] = samples(reward, [[3.0, 3.0], [2.0, 3.0]])  # 2.75 ± 0.49
+    monkeypatch.setattr(cdpo, "measure", lambda run, stage, *_: known[stage])
+    policies = {"SFT": ("sft", None), "C-DPO": ("policy", 0.5), "λ = 2": ("safe", 2.0)}
+    policies["DPO"] = "harmful", 0.0
+    cdpo.evaluate(run_of(tmp_path, dataset="x", beta=1.0), policies, known["sft"], 0.0)
+    row = results_of(tmp_path)["C-DPO"]
+    assert (row["reward_mean"], row["cost_mean"], row["length_mean"]) == (1.0, 0.5, 1.5)
+    assert (row["safe_rate"], row["kl"], row["lambda"]) == (0.5, 0.625, 0.5)  # c ≤ 0 is safe
+    assert row["reward_std"] == pytest.approx(math.sqrt((0 + 4 + 1 + 1) / 3))
+    assert row["reward_ci95"] == pytest.approx([1 - 1.959964, 1 + 1.959964])  # means 2 and 0
+    odds = math.exp(0.5)  # promised: π_ref's second sample of the first prompt by 3 − 0.5 to 2
+    assert row["predicted_cost"] == pytest.approx((odds / (1 + odds) + 1) / 2)
+    printed = capsys.readouterr().out
+    assert "E[cost] ≤ 0" in printed and all(f"\n| {name} |" in printed for name in policies)
+    assert printed.strip().endswith(": C-DPO not shown either way, λ = 2 met, DPO broken")
+    lines = json_lines(tmp_path / "samples.jsonl")
+    assert [line.pop("policy") for line in lines] == [x for x in policies for _ in range(4)]
+    assert lines[5] == {"prompt": "x", "response": "y1", "reward": 3.0, "cost": 1.0}
+
+
+# ---- Models --------------------------------------------------------------------------------------
 
 
 def write_classifier(folder, kind, labels=1, **settings):
@@ -728,7 +896,7 @@ def test_a_classification_checkpoint_scores_as_by_its_own_forward_pass(tmp_path,
     close = functools.partial(torch.allclose, atol=1e-4 if dtype == torch.float32 else 0.1)
     assert own.abs().max() > 0.1 and ours(IDS, MASK).dtype == torch.float32
     assert close(ours(IDS, MASK), own)
-    assert close(cdpo.response_scores(ours, cdpo.collate_rows(IN_ROWS))[1:], own)
+    assert close(cdpo.outputs_of(ours, cdpo.collate_rows(IN_ROWS))[1:], own)
 
 
 def write_beaver(folder, bias=True, normalize=False, kind="cost", buffers=True):
@@ -764,193 +932,449 @@ def test_beaver_checkpoints_give_hand_computed_scores(tmp_path, bias, normalize,
         score = score / 2 if kind == "cost" else (score - 0.5) / 2
     model = cdpo.ScoreModel.from_pretrained(tmp_path)
     assert torch.allclose(model(IDS, MASK), score, atol=1e-4)
-    in_rows = cdpo.response_scores(model, cdpo.collate_rows(IN_ROWS))[1:]
+    in_rows = cdpo.outputs_of(model, cdpo.collate_rows(IN_ROWS))[1:]
     assert torch.allclose(in_rows, score, atol=1e-4)
     model.save_pretrained(tmp_path / "again")
     again = cdpo.ScoreModel.from_pretrained(tmp_path / "again")
     assert torch.allclose(again(IDS, MASK), score, atol=1e-4)
 
 
-@KINDS
-def test_a_new_head_draws_no_other_random_number_and_is_written_as_it_is_read(tmp_path, kind):
-    lm = tiny_model(kind)
-    lm.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no score_head.weight"):  # unless one is asked for
-        cdpo.ScoreModel.from_pretrained(tmp_path)
-    torch.manual_seed(5)
-    model = cdpo.ScoreModel.from_pretrained(tmp_path, new_head=True)
-    after = torch.rand(4)
-    torch.manual_seed(5)
-    head = torch.empty(1, 32).normal_(0.0, lm.config.initializer_range)
-    assert torch.equal(torch.rand(4), after)  # the generator stands where the head's draw left it
-    assert torch.equal(model.score_head.weight, head) and model.score_head.bias.item() == 0
-    torch.testing.assert_close(model.model.state_dict(), lm.base_model.state_dict(), rtol=0, atol=0)
-    tokenizer = cdpo.load_tokenizer(transformers.ByT5Tokenizer())
-    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [], *"rrc")
-    again = cdpo.ScoreModel.from_pretrained(cdpo.export(run, model, tmp_path / "reward_model"))
-    torch.testing.assert_close(again(IDS, MASK), model(IDS, MASK))
+# ---- Text and tokens -----------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
-def test_a_harmlessness_reward_given_as_a_cost_is_told_by_what_labels_there_are(
-    capsys, monkeypatch
-):
-    pairs = [(0, 1, 0, 1, 1, -1), (1, 0, 0, 1, 0, 0)]  # nobody said which of the second is harmful
-    run = cdpo.Run(cdpo.Config(), Path(), None, [], [], [row_of([1, 1], pairs)], *"rrc")
-    for costs, accuracy in (([1.0, 0.0], "100.0%, 1 pairs"), ([0.0, 1.0], "0.0%, 1 pairs")):
-        monkeypatch.setattr(cdpo, "score_texts", lambda *_, costs=costs: [torch.tensor(costs)])
-        cdpo.try_score_model(run, "cost_model", cdpo.harm_loss)
-        said = capsys.readouterr().out
-        assert accuracy in said and ("ranks most the wrong way" in said) == (costs[1] > costs[0])
+def chat_tokenizer(template=CHATML, **special):
+    """Bytes and a few merges."""
+    names, byte_level = ["<|im_start|>", "<|im_end|>"], tokenizers.pre_tokenizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    options = {"initial_alphabet": byte_level.ByteLevel.alphabet(), "show_progress": False}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=names, **options)
+    tokenizer.train_from_iterator(["\n\n\n", "the answer is here"] * 9, trainer)
+    settings = {"eos_token": "<|im_end|>", "chat_template": template, **special}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
-def test_a_model_may_have_more_tokens_than_its_tokenizer(tmp_path, monkeypatch):
-    def scored(run, rows):
-        return [cdpo.replace(row, reward=zero, cost=zero, ref_logps=zero) for row in rows]
-
-    tokenizer, zero = cdpo.load_tokenizer(transformers.ByT5Tokenizer()), torch.zeros(2)
-    monkeypatch.setattr(cdpo, "load_model", lambda *_: tiny_model("llama"))
-    monkeypatch.setattr(cdpo, "sample_batch", lambda *_: [[[100, 5000, 1], [101]]])
-    monkeypatch.setattr(cdpo, "score", scored)
-    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [], *"rrc")
-    assert cdpo.measure(run, "r", ["x"], 2, 0).rows[0].responses == ["a", "b"]
+def saved(tokenizer, folder):
+    """A tokenizer as the program loads it from a folder."""
+    tokenizer.save_pretrained(folder)
+    return cdpo.load_tokenizer(str(folder))
 
 
-LONG_ROW = [([3, 4], [[5, 6, 7]]), ([5, 6, 7, 8], [list(range(8, 20)), list(range(60, 75))])]
-LONG_ROW = [cdpo.Row("x", [], ids, []) for ids in LONG_ROW]  # tokens of a larger vocabulary, too
+def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_has_one_end(tmp_path):
+    tokenizer, answers = saved(chat_tokenizer(), tmp_path), ["Fine.", " spaced out \n"]
+    counts = Counter()
+    head, ys = cdpo.encode(tokenizer, "Hi", answers, counts=counts)
+    turn = [{"role": "user", "content": "Hi"}]
+    template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
+    assert head == template(turn, add_generation_prompt=True) and not counts
+    for text, y in zip(answers, ys):
+        assert tokenizer.decode(y) == text + "<|im_end|>"  # nothing is stripped
+        assert (head + y) == template([*turn, {"role": "assistant", "content": text}])[:-1]
+    for text in ("Fine.<|im_end|>", "Fine.<|im_end|>\n more"):  # nor anything behind an end kept
+        assert cdpo.encode(tokenizer, "Hi", [text])[1] == ys[:1]
+    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    for clock in (dated, "{{ strftime_now('%d %b %Y') }}"):
+        head, _ = cdpo.encode(chat_tokenizer(clock + CHATML), "How?", [])
+        assert re.match(r"\d\d \w{3} 20(1\d|2[0-5])<", tokenizer.decode(head))  # a past year
 
 
-def refuses(folder, flag, kind, dtype, **settings):
-    """Whether a checkpoint with random weights is refused as one that rows get wrong."""
-    model = tiny_model(kind, **settings)
-    if flag != "model":
-        model = write_classifier(folder, kind, **settings)
-    model.to(dtype).save_pretrained(folder)
-    try:
-        cdpo.check_decoder(LONG_ROW, folder, flag)
-    except SystemExit as refusal:
-        return refusal.code == 2
-    return False
+def test_a_tokenizer_without_a_template_gets_beavers_which_goes_with_the_policy(tmp_path):
+    beaver, prompt = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:", "mix {prompt} {{oil}} \\"
+    bos = chat_tokenizer(None, bos_token="<|im_start|>")
+    texts = {"single": "<|im_start|> $A", "special_tokens": [("<|im_start|>", bos.bos_token_id)]}
+    bos.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**texts)
+    made = {"byte": transformers.ByT5Tokenizer(), "chat": chat_tokenizer(None), "<|im_start|>": bos}
+    for begin, tokenizer in made.items():
+        saved(tokenizer, tmp_path / begin).save_pretrained(tmp_path / begin / "policy")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / begin / "policy")
+        plain = functools.partial(tokenizer.encode, add_special_tokens=False)
+        head, [y] = cdpo.encode(tokenizer, prompt, ["bé"])
+        assert head == plain(begin * (begin[0] == "<") + beaver.format(prompt))  # a bos, as Llama's
+        assert y == [*plain("bé"), tokenizer.eos_token_id]
+        turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "How?")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        chat = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert f"Hello.{tokenizer.eos_token}" in chat  # as one who chats with the policy sends it
 
 
-@DTYPES
-def test_only_wrong_decoders_are_refused_in_any_precision(dtype, tmp_path, monkeypatch):
-    for kind, layers in itertools.product(("llama", "qwen2", "mistral", "gpt2"), (1, 3)):
-        depth = {"n_layer" if kind == "gpt2" else "num_hidden_layers": layers}
-        for flag in ("model", "cost_model"):
-            assert not refuses(tmp_path / f"{flag}-{kind}-{layers}", flag, kind, dtype, **depth)
-    assert refuses(tmp_path, "model", "granite", dtype, logits_scaling=4.0)
-    for flag in ("model", "reward_model"):  # a window shorter than the row
-        assert refuses(tmp_path, flag, "mistral", dtype, sliding_window=8, initializer_range=0.07)
+def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end():
+    tokenizer, counts = cdpo.load_tokenizer("{}"), Counter()
+    tokenizer.chat_template = "{{ 'Q ' + messages[0].content + ':' }}"
+    head, ys = cdpo.encode(tokenizer, "a", ["bé", "b" * 50], 9, counts)
+    assert [chr(i - 3) for i in head] == list("Q a:")
+    assert ys == [[101, 0xC3 + 3, 0xA9 + 3, 1], [101] * 5] and counts.total() == 1
+    tokenizer = chat_tokenizer()
+    _, [y] = cdpo.encode(tokenizer, "Q", ["\n\nHi"], counts=counts)  # its newlines merge
+    assert counts.total() == 2 and tokenizer.decode(y) == "\n\nHi<|im_end|>"
+    assert cdpo.said(tokenizer, [5000, *y]) == "\n\nHi"  # a model may have more tokens
+
+
+# ---- Files, and the gate: data -------------------------------------------------------------------
+
+
+def test_a_file_is_whole_or_absent_and_what_a_link_in_its_way_points_to_stays(tmp_path, capsys):
+    (tmp_path / "yours").mkdir()
+    written(tmp_path / "yours" / "notes.txt", ["mine"])
+    (tmp_path / "a.json.tmp").symlink_to(tmp_path / "yours")
+    cdpo.write(tmp_path / "a.json", [1])
+    with pytest.raises(SystemExit), cdpo.atomic(tmp_path / "a.json") as file:
+        file.write_text("[")
+        raise OSError("no space left on device")
+    assert "a.json cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "a.json").read_text() == "[\n  1\n]"
+    assert os.listdir(tmp_path / "yours") == ["notes.txt"]
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    entries = cdpo.tiny_rows(40, 0)
+    entries.append({**entries[0], "response_1": None})  # an empty one: skipped and counted
+    entries[1] |= {"response_0": "None", "response_1": "null", "prompt": "NA"}  # answers
+    data, text = datasets.Dataset.from_list(entries), "\n".join(map(json.dumps, entries))
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    data.to_parquet(tmp_path / "a.parquet")
+    data.to_csv(tmp_path / "a.csv")
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
+    expected = rows_from(written(tmp_path / "a.jsonl", entries))
+    assert sum(len(row.compared) for row in itertools.chain(*expected)) == 40
+    assert ["None", "null"] in [rows[0].responses for rows in expected]
+    for name in ("a.json", "a.jsonl.gz", "a.parquet", "a.csv", "one", "splits/train"):
+        assert repr(rows_from(tmp_path / name)) == repr(expected), name
+
+
+def test_a_response_is_scored_and_compared_as_the_text_that_the_policy_has_of_it(tmp_path, capsys):
+    one = {**GOOD, "response_0": "wait a long while", "response_1": "burn</s> it all"}
+    same = {**GOOD, "response_0": "wait a lot", "response_1": "wait another day"}  # when cut
+    prompt = len("BEGINNING OF CONVERSATION: USER: mix oil ASSISTANT:")
+    path = written(tmp_path / "d.jsonl", [one, same] * 2)
+    ((row,),) = rows_from(path, max_length=prompt + 6)
+    assert row.responses == ["wait a", "burn"] and [y[-1] for y in row.ids[1]] == [100, 1]
+    assert row.compared == [[0, 1]] * 2 and "2 of identical responses" in capsys.readouterr().out
+
+
+def test_a_long_prompt_gives_several_rows_each_labelled_pair_whole_in_one(tmp_path):
+    rng = random.Random(3)
+    couples = [tuple(rng.sample("abcdefghijklmnopqrstuvwxyz", 2)) for _ in range(60)]
+    couples += couples[:5]  # repeated pairs count each time
+    entries = [{**GOOD, "response_0": a, "response_1": b} for a, b in couples]
+    ((whole,),) = rows_from(written(tmp_path / "d.jsonl", entries))
+    assert len(whole.compared) == whole.weight == 65 and len(whole.responses) == 26
+    head, ys = whole.ids
+    (parts,), found = rows_from(tmp_path / "d.jsonl", row_length=len(head) + 12), []
+    for part in parts:
+        assert part.ids[0] == head and part.length <= len(head) + 12
+        assert len(part.responses) == len(set(part.responses)) and part.weight == len(part.compared)
+        assert part.ids[1] == [ys[whole.responses.index(text)] for text in part.responses]
+        for (first, second), helpful, harmful in zip(part.compared, part.helpful, part.harmful):
+            assert helpful == [second, first] and harmful == [second, first, 1, -1]
+            found.append((part.responses[first], part.responses[second]))
+    assert len(parts) > 5 and sorted(found) == sorted(couples)
+
+
+PARTS = ("table_rows", "dual_rows", "train_rows", "reward_rows", "reward_table")
+
+
+def parts_of(tokenizer, **settings):
+    """Prompts, without blanks, of each part of the data as the program splits it."""
+    run = cdpo.load_run(cdpo.Config(lambda_prompts=9, **settings), Path(), tokenizer)
+    return run, [{row.prompt.strip() for row in getattr(run, part)} for part in PARTS]
+
+
+def test_prompts_of_the_table_of_lambda_and_of_training_are_different_ones(tmp_path):
+    tokenizer = cdpo.load_tokenizer("{}")  # that trims its prompts, as Llama-3's does
+    tokenizer.chat_template = "{{ 'Q: ' + messages[0].content.strip() }}"
+    entries = [{**GOOD, "prompt": f"mix {i % 100}" + " " * (i // 100)} for i in range(300)]
+    table = written(tmp_path / "eval.jsonl", [{"prompt": " mix 7"}, {"prompt": "new"}])
+    for given in (None, table):
+        data = written(tmp_path / "d.jsonl", entries)
+        _, parts = parts_of(tokenizer, dataset=data, eval_dataset=given)
+        assert len(set.union(*parts[:3])) == sum(map(len, parts[:3])) and len(parts[1]) == 9
+        assert len(parts[0]) == (2 if given else 20) and parts[3:] == [parts[2], parts[0]]
+
+
+def test_the_reward_model_learns_from_a_dataset_of_its_own(tmp_path):
+    pair = {"response_0": "wait", "response_1": "burn"}
+    harm = [{**pair, **HARM, "prompt": f"prompt {i}"} for i in range(100)]
+    help_ = [{**pair, "better_response_id": i % 2, "prompt": f"prompt {i}"} for i in range(50, 150)]
+    files = {"dataset": written(tmp_path / "harm.jsonl", harm)}
+    files["reward_dataset"] = written(tmp_path / "help.jsonl", help_)
+    run, (table, dual, train, learned, held_out) = parts_of(cdpo.load_tokenizer("{}"), **files)
+    assert train | dual | table == {row["prompt"] for row in harm} and len(table) == 20
+    assert all(row.harmful and not row.helpful for row in run.train_rows)
+    # where rewards are measured none is learned; a fifth of the others is held out
+    others = {row["prompt"] for row in help_} - dual - table
+    assert learned | held_out == others and not learned & held_out
+    assert len(held_out) == len(others) // 5
+    for row in run.reward_rows + run.reward_table:
+        better = int(row.prompt.split()[1]) % 2
+        assert row.helpful == [[better, 1 - better]]
+
+
+# ---- The gate ------------------------------------------------------------------------------------
+
+
+def many(**changes):
+    """Forty good rows over twenty prompts, then one with changes; what is ... is left out."""
+    rows = [{**GOOD, "prompt": f"mix {i // 2}", "response_0": f"read {i}"} for i in range(40)]
+    return rows + [{key: value for key, value in {**GOOD, **changes}.items() if value is not ...}]
+
+
+BAD_DATA = {  # name of a file: (rows, words of the message)
+    "no_prompt": (many(prompt=...), "row 41: column prompt is missing"),
+    "label_of_2": (many(safer_response_id=2), "row 41: safer_response_id is 2; it must be 0 or 1"),
+    "no_text": ([{**GOOD, "prompt": ["mix"]}] * 40, "row 1: ['mix'] must be text"),
+    "empty": ([], "too few of 0 rows"),
+    "equal": ([{**GOOD, "response_0": "burn"}] * 40, "40 of identical responses"),
+    "contrary": ([{**GOOD, "safer_response_id": 1}] * 40, "40 whose safer response is unsafe"),
+    "long": ([{**row, "prompt": "mix " * 60} for row in many()], "that fills --max_length"),
+    "one_prompt": ([GOOD] * 40, "too few different prompts"),
+    "broken": (None, "--dataset broken.jsonl: cannot be read"),
+}
+SMALL = '{"model_type":"llama","hidden_size":8,"num_hidden_layers":1,"num_attention_heads":1}'
+DATA = f"--max_length 128 --model {SMALL} --dataset"
+LONG = "--max_length 160 --max_new_tokens 100"
+REFUSED = {  # flags: words of the message
+    "--lamda 1": "unrecognized arguments: --lamda",
+    "--config UNKNOWN.json": "--lamda",
+    "--sft_model=": "--sft_model is empty",
+    "--iterations 0": "--iterations is 0; it must be from 1",
+    "--lambdas 1 nan": "--lambdas is nan",
+    "--beta 1e-40": "--beta is 1e-40",
+    "--seed 99999999999999999999": "--seed is 99999999999999999999",
+    "--lambda_prompts 1": "--lambda_prompts is 1",
+    "--eval_prompts 1": "--eval_prompts is 1",
+    "--cost_confidence 1": "--cost_confidence must be below 1",
+    "--cost_limit 1 --margin 1": "--cost_limit or --margin",
+    "--max_length 6 --max_new_tokens 6": "--max_new_tokens must be below --max_length",
+    "--method pecan": "pecan needs --margin",
+    "--method pecan --margin 1 --reward_model COST": "pecan takes no --reward_model",
+    "--reward_dataset tiny:400 --reward_model COST": "--reward_dataset or --reward_model",
+    "--reward_dataset harm.jsonl": "--reward_dataset harm.jsonl, row 1: column better_response_id",
+    "--dataset tiny:many": "--dataset tiny:many: cannot be read",
+    "--dataset good.jsonl:train[:20]": "a file or saved folder has no splits",
+    "--eval_dataset tiny:400": "too few different prompts",
+    "--model /nowhere/model": "/nowhere/model",
+    LONG: "64 positions",
+    "--model TWENTY_TOKENS": "it has 20 tokens",
+    "--sft_model COST": "it is no causal LM, it has no lm_head.weight",
+    "--sft_model NO_TOKENIZER": "have the same tokens",
+    "--sft_model ADAPTER": "it holds an adapter",
+    "--sft_model NAN": "model.norm.weight is not finite",
+    "--sft_model IMAGES": "it reads more than text",
+    "--sft_model DROPS": "drops or changes the prompt",
+    "--sft_model RAISES": "no system message",
+    "--sft_model TWICE": "begins twice, by <unk>",
+    f"--sft_model WINDOW {LONG}": "output head",
+    f"--sft_model DEEP {LONG}": "output head",
+    "--sft_model GRANITE --dtype bfloat16": "output head",
+    "--cost_model FINE": "no score_head.weight",
+    "--cost_model THREE": "--cost_model THREE: unfit",
+    "--cost_model NO_TOKENIZER_EITHER": "have the same tokens",
+    "--cost_model POSITIONS": "it has 50 tokens and 8 positions",
+    "--reward_model COST": "are the two exchanged?",
+}
+REFUSED |= {f"{DATA} {name}.jsonl": words for name, (_, words) in BAD_DATA.items()}
+
+
+def given(folder, kind="llama", tokenizer=None, make=None, **settings):
+    """A folder with a model for the tiny world's tokens, and its tokenizer."""
+    model = write_classifier(folder, kind, **settings) if make else tiny_model(kind, **settings)
+    model.save_pretrained(folder)
+    (tokenizer or cdpo.tiny_tokenizer()).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """What the refusals name: datasets, settings, policies, score models."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, (rows, _) in BAD_DATA.items():
+        written(folder / f"{name}.jsonl", rows or [])
+    (folder / "broken.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": \n')
+    written(folder / "good.jsonl", many())
+    written(folder / "harm.jsonl", many(better_response_id=...)[::-1])
+    (folder / "UNKNOWN.json").write_text('{"lamda": 1}')
+
+    turn, tiny = "{% for m in messages %}{{ m.content }}{% endfor %}", cdpo.tiny_tokenizer()
+    tiny.bos_token = "<unk>"
+    for name, template in {
+        "DROPS": turn.replace("content", "content[0].text"),  # as of a list of parts
+        "RAISES": "{{ raise_exception('no system message') }}",
+        "TWICE": turn.replace("m.content", "bos_token + bos_token + m.content"),
+    }.items():
+        tiny.chat_template = template
+        given(folder / name, tokenizer=tiny)
+    for name in ("FINE", "ADAPTER", "NAN", "IMAGES"):
+        given(folder / name)
+    (folder / "ADAPTER" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    tensors = load_file(folder / "NAN" / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, folder / "NAN" / "model.safetensors", {"format": "pt"})
+    transformers.LlavaConfig().save_pretrained(folder / "IMAGES")
+    tiny_model("qwen2").save_pretrained(folder / "NO_TOKENIZER")
+    given(folder / "WINDOW", "mistral", sliding_window=96)  # longer than all texts
+    layers = ["full_attention", "full_attention", "sliding_attention"]
+    deep = {"layer_types": layers, "num_hidden_layers": 3, "use_sliding_window": True}
+    deep |= {"sliding_window": 96, "vocab_size": 280}
+    given(folder / "DEEP", "qwen2", chat_tokenizer(), **deep)
+    given(folder / "GRANITE", "granite", logits_scaling=4.0)
+    given(folder / "TWENTY_TOKENS", vocab_size=20)
+    given(folder / "GPT2", "gpt2", dtype="bfloat16")
+
+    write_beaver(folder / "COST")
+    cdpo.tiny_tokenizer().save_pretrained(folder / "COST")
+    write_classifier(folder / "NO_TOKENIZER_EITHER", "gemma")
+    given(folder / "THREE", make=write_classifier, labels=3)
+    given(folder / "POSITIONS", make=write_classifier, max_position_embeddings=8)
+    return folder
+
+
+def refusal_of(capsys, folder, *flags):
+    """The one line on standard error with which the program refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refusal:
+        main(folder, *flags)
+    message = capsys.readouterr().err
+    assert refusal.value.code == 2 and "Traceback" not in message, message
+    assert message.startswith("cdpo: ") and message.count("\n") == 1, message
+    return message
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_cannot_be_is_refused_in_one_line(flags, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    before = sorted(files.rglob("*"))
+    message = refusal_of(capsys, tmp_path / "o", *FEW, *flags.split())
+    assert REFUSED[flags] in message, message
+    assert not (tmp_path / "o").exists() and sorted(files.rglob("*")) == before
+
+
+def test_what_is_near_to_that_passes_but_not_if_responses_see_each_other(files, monkeypatch):
+    monkeypatch.chdir(files)
+    near = [f"{DATA} good.jsonl", "--sft_model GPT2 --cost_model COST"]
+    near += [f"--sft_model {x} --max_length 160 --max_new_tokens 50" for x in ("WINDOW", "DEEP")]
+    for flags in near:
+        cdpo.gate(cdpo.parse([*FEW, *flags.split()]))
     collate = cdpo.collate_rows
 
-    def causal(rows):  # a mask by which the second response sees the first
+    def causal(rows):
         batch = collate(rows)
         return batch | {"attention_mask": torch.ones_like(batch["attention_mask"]).tril()}
 
     monkeypatch.setattr(cdpo, "collate_rows", causal)
-    assert refuses(tmp_path, "cost_model", "llama", dtype, initializer_range=0.07)  # by 0.1
+    for flags in (["--sft_model", "FINE"], ["--sft_model", "GPT2"], ["--cost_model", "COST"]):
+        with pytest.raises(SystemExit):
+            cdpo.gate(cdpo.parse([*FEW, *flags]))
 
 
-def test_samples_are_from_the_policy_whatever_the_checkpoints_generation_config_says(tmp_path):
-    model = tiny_model("llama", vocab_size=280)
-    settings = {"do_sample": True, "top_k": 3, "temperature": 0.4, "repetition_penalty": 5.0}
-    model.generation_config = transformers.GenerationConfig(**settings)
-    model.save_pretrained(tmp_path)
-    model = cdpo.load_model(tmp_path).float()  # as the program loads it
-    prompts, n, end = [[5, 6, 7], [9]], 8000, 279
-    generator = torch.Generator().manual_seed(0)
-    for prompt, drawn in zip(prompts, cdpo.sample_batch(model, prompts, n, end, 2, generator)):
-        assert len(drawn) == n and all(len(ids) == 2 or ids == [end] for ids in drawn)
-        first = torch.tensor([ids[0] for ids in drawn])
-        token = int(first.mode().values)  # and after the likeliest first token, the second one
-        second = torch.tensor([ids[1] for ids in drawn if ids[0] == token != end])
-        for ids, tokens in ((prompt, first), (prompt + [token], second)):
-            p = model(torch.tensor([ids])).logits[0, -1].softmax(dim=-1)
-            frequency, likely = tokens.bincount(minlength=280) / len(tokens), p > 0.01
-            deviation = (p * (1 - p) / len(tokens)).sqrt()
-            assert likely.sum() > 3 and ((p - frequency).abs() < 5 * deviation)[likely].all()
+@pytest.mark.parametrize("kind", ["llama", "unknown"])  # of transformers' own; of the code alone
+def test_code_that_comes_with_a_model_never_runs(kind, tmp_path, capsys, monkeypatch):
+    given(tmp_path / "model")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import LlamaConfig as C"
+    (tmp_path / "model" / "code.py").write_text(f"{code}, LlamaForCausalLM as M\n")
+    path, names = tmp_path / "model" / "config.json", {"AutoConfig": "code.C"}
+    names = {"auto_map": names | {"AutoModelForCausalLM": "code.M"}, "model_type": kind}
+    path.write_text(json.dumps(json.loads(path.read_text()) | names))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # yes to any question
+    flags = [*FEW, "--model", str(tmp_path / "model")]
+    if kind == "llama":
+        cdpo.gate(cdpo.parse(flags))
+    else:
+        refusal_of(capsys, tmp_path / "o", *flags)
+    assert not (tmp_path / "ran").exists()
 
 
-def test_a_row_gets_the_same_tokens_whatever_the_other_rows_of_its_batch_do():
-    model, results, lengths = tiny_model("llama"), [], set()
-    for other in ([7], [9] * 11, [11, 12, 13, 14]):  # they end at other times, padded otherwise
-        generator, prompts = torch.Generator().manual_seed(0), [[5, 6, 7], other, other]
-        answers, *others = cdpo.sample_batch(model, prompts, 4, EOS, 60, generator)
-        results.append(answers)
-        lengths.add(max(len(ids) for drawn in others for ids in drawn))
-    assert results[0] == results[1] == results[2] and len(lengths) > 1
-    assert all(EOS not in ids[:-1] for ids in answers)
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-# ---- The whole program ---------------------------------------------------------------------------
-
-TINY = str(Path(__file__).with_name("tiny_config.json"))
-SHORT = f"--config {TINY} --dataset tiny:1500 --max_steps 4 --iterations 2 --lambda_samples 4"
-SHORT = [*SHORT.split(), "--eval_samples", "4", "--dual_samples", "8"]
-QUICK = [*SHORT, "--lambda_init", "1"]
-SMALL = '{"model_type":"llama","hidden_size":8,"num_hidden_layers":1,"num_attention_heads":1}'
-
-
-def results_of(folder):
-    return {row["name"]: row for row in json.loads((folder / "results.json").read_text())}
-
-
-def main(folder, *flags):
-    cdpo.main([*flags, "--output_dir", str(folder)])
-    return results_of(folder)
-
-
-def json_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def test_other_settings_are_refused_with_the_flags_that_reuse_models(quick, tmp_path, capsys):
+    kept = cdpo.parse(["--config", str(quick / "config.json")])
+    assert kept == cdpo.parse([*QUICK, "--output_dir", str(quick)])  # it can be read back
+    before, flags, old = contents(quick), reusing(quick), results_of(quick)
+    message = refusal_of(capsys, quick, *QUICK, "--beta", "0.5", "--seed", "3")
+    assert "beta was 1.0, is 0.5" in message and "seed was 0, is 3" in message
+    assert all(f"{flag} {path}" in message for flag, path in zip(flags[::2], flags[1::2]))
+    assert contents(quick) == before
+    rows = main(tmp_path / "o", *QUICK, "--beta", "0.5", *flags)
+    assert list(rows) == ["SFT", "C-DPO", "DPO"] and not (tmp_path / "o" / "sft").exists()
+    assert rows["SFT"] == old["SFT"] and rows["C-DPO"] != old["C-DPO"]
+    # a policy of others is a row: of the same prompts, seeds and score models
+    theirs = ["--method", "sft", "--sft_model", str(quick / "policy"), *flags[2:]]
+    row = main(tmp_path / "theirs", *QUICK, *theirs)["SFT"]
+    assert all(row[key] == old["C-DPO"][key] for key in ("reward_mean", "cost_ci95", "length_mean"))
 
 
-def tensors_of(folder):
-    return load_file(folder / "policy" / "model.safetensors")
+def test_a_finished_run_goes_on_with_what_only_its_table_depends_on(quick, tmp_path):
+    folder = shutil.copytree(quick, tmp_path / "run")
+    before = {file: text for file, text in contents(folder).items() if file.parent != folder}
+    more = ["--lambdas", "0.4", "0", "--eval_samples", "6", "--tokens_per_batch", "500"]
+    rows = main(folder, *QUICK, *more)
+    assert list(rows) == ["SFT", "C-DPO", "λ = 0.4", "DPO"] and rows["λ = 0.4"]["lambda"] == 0.4
+    assert len(json_lines(folder / "samples.jsonl")) == 4 * 24 * 6
+    assert contents(folder).items() >= before.items()  # no model was trained again
 
 
-def reusing(folder):
-    names = {"sft_model": "sft", "reward_model": "reward_model", "cost_model": "cost_model"}
-    return [word for flag, name in names.items() for word in (f"--{flag}", str(folder / name))]
+def test_other_data_or_another_model_under_the_same_name_is_refused(quick, tmp_path, capsys):
+    data, sft = cdpo.tiny_rows(400, 1), shutil.copytree(quick / "sft", tmp_path / "sft")
+    flags = [*SHORT, "--method", "sft", *reusing(quick), "--sft_model", str(sft)]
+    flags += ["--dataset", written(tmp_path / "d.jsonl", data)]
+    first = main(tmp_path / "o", *flags)
+    flipped = [{**row, "better_response_id": 1 - row["better_response_id"]} for row in data]
+    tensors = load_file(sft / "model.safetensors")
+    other = {name: tensor + 1e-3 * (name == "lm_head.weight") for name, tensor in tensors.items()}
+    for rows, weights in ((flipped, tensors), (data, other), (data, tensors)):
+        written(tmp_path / "d.jsonl", rows)
+        save_file(weights, sft / "model.safetensors", {"format": "pt"})
+        if rows is flipped or weights is other:
+            assert "digests was" in refusal_of(capsys, tmp_path / "o", *flags)
+    assert main(tmp_path / "o", *flags) == first  # as it was
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The README's first command, in this process."""
-    folder = tmp_path_factory.mktemp("tiny") / "run"
-    main(folder, "--config", TINY)
-    return folder
+def test_a_folder_of_something_else_or_of_a_run_under_way_stays_as_it_is(quick, tmp_path, capsys):
+    config = json.dumps({"model_type": "llama", "output_dir": "elsewhere"})
+    for name, text in (("config.json", config), ("notes.txt", "mine")):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(text)
+        assert "name another folder" in refusal_of(capsys, folder, *FEW)
+        assert contents(folder) == {folder / name: text.encode()}
+    assert "cannot be used" in refusal_of(capsys, folder / "notes.txt", *FEW)
+    before = contents(quick)
+    with filelock.FileLock(quick / ".lock"):
+        assert "wait for its run" in refusal_of(capsys, quick, *QUICK)
+    assert contents(quick) == before
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """A short run of every stage, the undisturbed one that others are compared with."""
-    folder = tmp_path_factory.mktemp("quick") / "run"
-    main(folder, *QUICK)
-    return folder
+# ---- The command ---------------------------------------------------------------------------------
 
 
-def enumerated_world(folder, prompts, given):
+def enumerated_world(run, prompts):
     """log π_ref, log π, r, c and truths of all 584 answers of one to three words, (n, 584) each."""
-    words, tables = list(cdpo.TINY_WORDS), []
+    words, rows = cdpo.TINY_WORDS, []
     answers = [" ".join(ws) for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    rows = [cdpo.encode(tokenizer, x, answers) for x in prompts]
-    parts = [(head, ys[i : i + 73]) for head, ys in rows for i in range(0, 584, 73)]
-    rows = [cdpo.Row("x", [""] * 73, ids, []) for ids in parts]
+    for x in prompts:
+        head, ys = cdpo.encode(run.tokenizer, x, answers)
+        for i in range(0, 584, 73):
+            rows.append(cdpo.Row(x, answers[i : i + 73], (head, ys[i : i + 73])))
+    tables = []
     for name in ("sft", "policy", "reward_model", "cost_model"):
-        flag = name if name.endswith("model") else "model"
-        source = given.get(name.replace("sft", "sft_model")) or folder / name
-        values = cdpo.infer(cdpo.Config(dtype="float32"), source, flag, rows, name)
-        tables.append(torch.cat(values).view(len(prompts), 584).double().numpy())
+        values = torch.cat(cdpo.values_of(run, name, rows))
+        tables.append(values.view(len(prompts), 584).double().numpy())
     truth = np.array([[cdpo.tiny_truth(x, y) for y in answers] for x in prompts])
     return *tables, truth[..., 0], truth[..., 1]
 
 
-def exactness(folder, prompts, given):
+def exactness(run, prompts):
     """How far a run's policy is from the exact constrained optimum for its own scores and π_ref."""
-    settings = json.loads((folder / "config.json").read_text())
-    ref, policy, reward, cost, *_ = enumerated_world(folder, prompts, given)
-    beta, limit = settings["beta"], settings["cost_limit"]
+    ref, policy, reward, cost, *_ = enumerated_world(run, prompts)
+    beta, limit = run.cfg.beta, run.cfg.cost_limit
     lam = bisected_lambda(reward, cost, beta, limit, log_ref=ref)
     optimum = softmax(ref + (reward - lam * cost) / beta)
     log_policy = policy - np.logaddexp.reduce(policy, axis=1, keepdims=True)
@@ -961,37 +1385,30 @@ def exactness(folder, prompts, given):
 
 
 def test_the_first_command_finds_the_exact_constrained_optimum_of_its_world(tiny):
-    prompts = list({line["prompt"]: 0 for line in json_lines(tiny / "samples.jsonl")})
-    ref, _, reward, cost, true_reward, true_cost = enumerated_world(tiny, prompts, {})
+    tokenizer, cfg = cdpo.load_tokenizer(str(tiny / "policy")), cdpo.parse(["--config", TINY])
+    run = cdpo.Run(cfg, tiny, tokenizer, *[[]] * 5)
+    prompts = list(dict.fromkeys(line["prompt"] for line in json_lines(tiny / "samples.jsonl")))
+    ref, _, reward, cost, true_reward, true_cost = enumerated_world(run, prompts)
     assert np.exp(ref).sum(1).mean() > 0.93  # a twentieth has four words
     for score, truth in ((reward, true_reward), (cost, true_cost)):  # (3) knows no prompt's offset
         score, truth = (x[:, 72:] - x[:, 72:].mean(1, keepdims=True) for x in (score, truth))
-        assert np.corrcoef(score.ravel(), truth.ravel())[0, 1] > 0.97
-    found, row = exactness(tiny, prompts, {}), results_of(tiny)["C-DPO"]
-    beta = json.loads(Path(TINY).read_text())["beta"]
-    free, sft = ((softmax(ref + reward * b) * reward).sum(1).mean() for b in (1 / beta, 0))
-    assert row["lambda"] == pytest.approx(found["lambda_star"], abs=0.25)
+        assert np.corrcoef(score.ravel(), truth.ravel())[0, 1] > 0.95
+    found, row = exactness(run, prompts), results_of(tiny)["C-DPO"]
+    free, sft = ((softmax(ref + reward * b) * reward).sum(1).mean() for b in (1 / cfg.beta, 0))
+    assert row["lambda"] == pytest.approx(found["lambda_star"], abs=0.15)
     assert row["reward_mean"] == pytest.approx(found["best_reward"], abs=0.1 * (free - sft))
-    assert row["cost_ci95"][0] <= 0  # the limit is met within the interval
-    assert found["mass"] > 0.97 and found["kl"] < 0.15  # KL(π ‖ π_λ*), nats
+    assert found["mass"] > 0.97 and found["kl"] < 0.03  # KL(π ‖ π_λ*), nats
+    # and on λ's own prompts, by samples of which the limit was met
+    rows = torch.load(tiny / "scores.pt", weights_only=True)[1]
+    found = exactness(run, list(dict.fromkeys(row["prompt"] for row in rows)))
+    assert abs(found["cost_over_limit"]) < 0.1 and found["kl"] < 0.03
 
 
-def test_the_papers_ordering_appears_in_the_tiny_world(tiny):
-    sft, ours, dpo = (results_of(tiny)[name] for name in ("SFT", "C-DPO", "DPO"))
-    assert (sft["lambda"], sft["kl"], sft["cost_win_rate"]) == (None, 0, 0.5)
-    for key in ("reward_mean", "true_reward_mean", "reward_win_rate"):
-        assert dpo[key] > ours[key] > sft[key], key
-    for key in ("cost_mean", "true_cost_mean"):
-        assert dpo[key] > sft[key] > ours[key], key
-    assert dpo["cost_win_rate"] < 0.5 < ours["cost_win_rate"]
-
-
-def test_a_run_leaves_what_the_contract_names(tiny):
-    both = "lambda cost_mean cost_ci95 reward_mean reward_ci95 kl"
-    metric_fields = f"{both} iteration dpo_loss dpo_accuracy pairs_per_second tokens_per_second "
+def test_a_run_leaves_what_the_contract_names_and_the_papers_ordering(tiny):
+    both = "lambda cost_mean cost_ci95 reward_mean reward_ci95 kl "
+    metric_fields = both + "iteration dpo_loss dpo_accuracy pairs_per_second tokens_per_second "
     metric_fields += "seconds peak_memory_gb"
-    result_fields = f"{both} name reward_std cost_std safe_rate length_mean true_reward_mean "
-    result_fields += "true_cost_mean reward_win_rate cost_win_rate"
+    result_fields = both + "name reward_std cost_std safe_rate length_mean true_reward_mean"
     metrics, results = json_lines(tiny / "metrics.jsonl"), list(results_of(tiny).values())
     assert [entry["iteration"] for entry in metrics] == list(range(len(metrics)))
     for fields, entries in ((metric_fields.split(), metrics), (result_fields.split(), results)):
@@ -999,116 +1416,66 @@ def test_a_run_leaves_what_the_contract_names(tiny):
             assert set(fields) <= set(entry)
             values = [x for key, x in entry.items() if key != "name" and x is not None]
             assert np.isfinite(np.hstack(values)).all()
+    assert ["predicted_cost" in row for row in results] == [False, True, True]  # SFT has no λ
     assert metrics[0]["first_loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy is reference
     samples = json_lines(tiny / "samples.jsonl")
     assert set(samples[0]) == {"policy", "prompt", "response", "reward", "cost"}
     cost = [line["cost"] for line in samples if line["policy"] == "C-DPO"]
-    mean = results[1]["cost_mean"]
-    assert len(cost) == 24 * 100 and np.mean(cost) == pytest.approx(mean, abs=1e-4)
+    sft, ours, dpo = results  # and the paper's ordering
+    assert len(cost) == 24 * 100 and np.mean(cost) == pytest.approx(ours["cost_mean"], abs=1e-4)
+    assert (sft["lambda"], sft["kl"], dpo["lambda"]) == (None, 0, 0)
+    for key in ("reward_mean", "true_reward_mean"):
+        assert dpo[key] > ours[key] > sft[key], key
+    for key in ("cost_mean", "true_cost_mean"):
+        assert dpo[key] > sft[key] > ours[key], key
+    folders = {file.name for file in tiny.iterdir() if file.is_dir()}
+    assert folders == {"sft", "reward_model", "cost_model", "policy", "lambda-0"}
 
 
-def test_an_exported_chat_model_gives_plain_transformers_the_log_probs_of_training(tmp_path):
-    tokenizer, answers = cdpo.load_tokenizer(chat_tokenizer()), ["the answer", " No\n"]
-    run = cdpo.Run(cdpo.Config(), tmp_path, tokenizer, [], [], [], *"rrc")
-    model = tiny_model("llama", vocab_size=280)
-    rows = [cdpo.encode(tokenizer, "How?", answers)]
-    logps = cdpo.sequence_logps(model, cdpo.collate_rows(rows)).tolist()
-    cdpo.export(run, model, tmp_path / "policy")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
-    template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
-    turn = [{"role": "user", "content": "How?"}]
-    head = template(turn, add_generation_prompt=True)
-    for text, logp in zip(answers, logps):
-        ids = template([*turn, {"role": "assistant", "content": text}])
-        alone = separate_logps(model, [(head, [ids[len(head) : -1]])])  # less the last "\n"
-        assert alone.item() == pytest.approx(logp, abs=1e-4)
-    assert model.generation_config.eos_token_id == ids[-2] == tokenizer.eos_token_id
+NAMES = {"mocan": "MoCAN", "pecan": "PeCAN", "pecaid": "PeCAID", "dpo": "DPO", "sft": "SFT"}
 
 
-def test_the_table_by_hand(tmp_path, monkeypatch):
-    def samples(reward, cost, log_ratio):
-        rows = [row_of([1, 2], [], (r, c, [0.0, 0.0])) for r, c in zip(reward, cost)]
-        return cdpo.Samples(rows, *map(torch.tensor, (reward, cost, log_ratio)))
-
-    zero = [[0.0, 0.0], [0.0, 0.0]]
-    known = {"sft": samples([[2.0, 3.0], [0.0, -1.0]], [[0.0, 1.0], [1.0, 1.0]], zero)}
-    reward, cost = [[1.0, 3.0], [0.0, 0.0]], [[-1.0, 1.0], [0.0, 2.0]]
-    known["policy"] = samples(reward, cost, [[1.0, 0.5], [0.0, 1.0]])
-    monkeypatch.setattr(cdpo, "measure", lambda run, source, *_: known[source])
-    run = cdpo.Run(cdpo.Config(dataset="x"), tmp_path, None, [], [], [row_of([1], [])], *"rrc")
-    problem = cdpo.Problem([], known["sft"], 0.0)
-    cdpo.evaluate(run, problem, {"SFT": ("sft", None), "C-DPO": ("policy", 0.5)})
-    row = results_of(tmp_path)["C-DPO"]
-    assert row["reward_win_rate"] == (0 + 0 + 1 + 0.5 + 0.5 + 1 + 0.5 + 1) / 8  # couples; ties half
-    assert row["cost_win_rate"] == (1 + 1 + 0 + 0.5 + 1 + 1 + 0 + 0) / 8
-    assert (row["reward_mean"], row["cost_mean"], row["length_mean"]) == (1.0, 0.5, 1.5)
-    assert (row["safe_rate"], row["kl"], row["lambda"]) == (0.5, 0.625, 0.5)  # c ≤ 0 is safe
-    assert row["reward_std"] == pytest.approx(math.sqrt((0 + 4 + 1 + 1) / 3))
-    assert row["reward_ci95"] == pytest.approx([1 - 1.959964, 1 + 1.959964])  # means 2 and 0
-
-
-def test_samples_of_the_last_policy_enter_an_iteration_once_beside_the_data():
-    rows, seen = [row_of([i + 1, 1], [(0, 1, 0, 1, 1, -1)]) for i in range(7)], []
-    samples = cdpo.Samples([row_of([1] * 4, [])] * 3, None, None, None)
-    for iteration, recycle, fresh in ((0, True, 0), (1, True, 3), (1, False, 0)):
-        cfg = cdpo.Config(batch_size=4, dpo_steps=5, iterations=3, recycle=recycle)
-        loop = cdpo.Loop(1.0, [{}] * iteration, [samples] * iteration)
-        steps = cdpo.steps_of_iteration(cfg, rows, loop)
-        assert [len(step) for step in steps] == [5] * fresh + [4] * (5 - fresh)
-        seen += [row.length for step in steps for row in step if len(row.pairs) and not fresh]
-    assert all(seen.count(row.length) in (5, 6) for row in rows)  # passes go on over iterations
-
-
-MARGINS = [("mocan", 0.02), ("pecan", 0.02), ("dpo", 0.5), ("sft", 0.5)]
-
-
-@pytest.mark.parametrize("method, margin", MARGINS)
-def test_every_method_runs_and_respects_the_margin(tmp_path, capsys, method, margin):
-    rows = main(tmp_path / "o", *SHORT, "--method", method, "--margin", str(margin))
-    row = rows[{"mocan": "MoCAN", "pecan": "PeCAN"}.get(method, method.upper())]
-    kept = torch.load(tmp_path / "o" / "reference_samples.pt", weights_only=True)
-    limit = float(kept[1].cost.double().mean()) - margin
+@pytest.mark.parametrize("method, name", NAMES.items())
+def test_every_method_runs_and_respects_the_margin(tmp_path, capsys, method, name):
+    row = main(tmp_path / "o", *SHORT, "--method", method, "--margin", "0.02")[name]
+    cost = torch.load(tmp_path / "o" / "scores.pt", weights_only=True)[3]
+    limit = float(cost.double().mean()) - 0.02
     printed = re.search(r"E\[cost\] ≤ (\S+)", capsys.readouterr().out)[1]
     assert float(printed) == pytest.approx(limit, rel=1e-3) and tensors_of(tmp_path / "o")
-    if method.endswith("can"):
+    if method in ("mocan", "pecan"):
         assert row["lambda"] > 0 and row["predicted_cost"] == pytest.approx(limit, abs=1e-4)
-    assert (tmp_path / "o" / "reward_model").exists() == (method != "pecan")
+    assert (tmp_path / "o" / "reward_model").exists() == (method not in ("pecan", "pecaid"))
+    assert (tmp_path / "o" / "metrics.jsonl").exists() == (method == "pecaid")
 
 
-def test_the_papers_letter_and_a_confident_limit_run(tmp_path):
+def test_the_papers_letter_runs(quick, tmp_path):
     letter = "--labels sample --no_all_pairs --lambda_step gradient --lambda_init 0 --no_recycle"
-    main(tmp_path / "letter", *SHORT, *letter.split())
+    main(tmp_path / "letter", *SHORT, *reusing(quick), *letter.split())
     first, second = json_lines(tmp_path / "letter" / "metrics.jsonl")
     assert first["lambda"] == 0
     assert second["lambda"] == pytest.approx(max(0, 0.05 * first["cost_mean"]), abs=1e-6)
-    main(tmp_path / "sure", *QUICK, "--cost_confidence", "0.95")
-    for entry in json_lines(tmp_path / "sure" / "metrics.jsonl"):
-        error = (entry["cost_ci95"][1] - entry["cost_mean"]) / 1.959964
-        assert entry["cost_bound"] == pytest.approx(entry["cost_mean"] + 1.644854 * error, abs=1e-4)
 
-
-# ---- Interruptions, many processes, other precisions --------------------------------------------
 
 KILLER = """
 import os, random, signal, sys, time
 import cdpo, torch
 torch.set_num_threads(1)
-folder, moments, gone = sys.argv[-1], random.Random(0), 0
+folder, moments, seen, gone = sys.argv[-1], random.Random(0), set(), 0
 os.mkdir(folder)
 while not gone:
-    before, child = set(os.listdir(folder)), os.fork()
+    child = os.fork()
     if child == 0:
         cdpo.main(sys.argv[1:])
         os._exit(0)
-    while not gone and set(os.listdir(folder)) <= before:  # until something new is there
-        time.sleep(0.002)
+    while not gone and set(os.listdir(folder)) <= seen:  # until something new is there
+        time.sleep(0.001)
         gone, _ = os.waitpid(child, os.WNOHANG)
-    time.sleep(moments.uniform(0.0, 0.3))
+    seen |= set(os.listdir(folder))
+    time.sleep(moments.uniform(0.0, 0.4))  # inside of a stage
     if not gone:
         os.kill(child, signal.SIGKILL)
         os.wait()
-    print("killed at", sorted(os.listdir(folder)))
+        print("killed at", sorted(os.listdir(folder)))
 """
 
 
@@ -1117,7 +1484,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_numbers_and_tensors(quick
     command = [sys.executable, "-c", KILLER, *QUICK, "--output_dir", str(folder)]
     killer = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     assert killer.returncode == 0, killer.stderr
-    assert len(set(killer.stdout.splitlines())) > 9, killer.stdout  # in many places
+    kills = {line for line in killer.stdout.splitlines() if line.startswith("killed at")}
+    assert len(kills) > 9, killer.stdout  # in many places
     main(folder, *QUICK)
     for name in ("results.json", "samples.jsonl"):
         assert (folder / name).read_text() == (quick / name).read_text()
@@ -1125,21 +1493,23 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_numbers_and_tensors(quick
     metrics = json_lines(folder / "metrics.jsonl"), json_lines(quick / "metrics.jsonl")
     for one, other in zip(*metrics):
         assert all(one[key] == other[key] for key in ("lambda", "cost_mean", "dpo_loss", "kept"))
-    assert {file.name for file in folder.iterdir()} == {file.name for file in quick.iterdir()}
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(quick))
 
 
 def test_a_loss_that_is_not_finite_stops_and_what_was_finished_stays(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(tmp_path / "o", *QUICK, "--learning_rate", "1e30")
-    message = capsys.readouterr().err
-    assert stop.value.code == 1 and message.count("\n") == 1
-    assert re.search(r"policy: the loss or its gradient is not finite at step \d", message)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "sft")
+    for _ in range(2):  # and again, in the same process
+        with pytest.raises(SystemExit) as stop:
+            main(tmp_path / "o", *QUICK, "--learning_rate", "1e6", "--beta", "1e6")
+        said, message = capsys.readouterr()
+        assert stop.value.code == 1 and message.count("\n") == 1
+        assert re.search(r"policy: the loss or its gradient is not finite at step \d", message)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "sft")
+    assert "sft: found in" in said
 
 
-@pytest.mark.parametrize("case", ["even", "odd"])
+@pytest.mark.parametrize("case", ["lora", "odd"])
 def test_two_processes_give_the_single_processs_numbers(case, quick, tmp_path):
-    flags = QUICK
+    flags = [*QUICK, "--lora_rank", "4", "--learning_rate", "0.01"]
     if case == "odd":  # three rows a step in micro-batches of one: a process has more to do
         flags = [*QUICK, *reusing(quick), "--batch_size", "3", "--tokens_per_batch", "12"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -1155,146 +1525,30 @@ def test_two_processes_give_the_single_processs_numbers(case, quick, tmp_path):
     assert second[0]["cost_mean"] == pytest.approx(first[0]["cost_mean"], abs=0.02)
     assert second[-1]["lambda"] == pytest.approx(first[-1]["lambda"], abs=0.1)
     torch.testing.assert_close(tensors_of(one), tensors_of(two), rtol=0, atol=2e-2)
+    assert first[1]["dpo_loss"] < math.log(2) - 0.03  # it learns
     if case == "odd":  # the given reference is the same model: so are its samples
         texts = [[line["response"] for line in json_lines(f / "samples.jsonl")] for f in (one, two)]
         assert texts[0][: 24 * 4] == texts[1][: 24 * 4]
 
 
-def test_bfloat16_reaches_the_same_conclusion(quick, tmp_path):
-    rows = main(tmp_path / "o", *QUICK, "--dtype", "bfloat16")
-    for name, row in results_of(quick).items():  # another cost model, another policy, a few steps
-        assert row["cost_mean"] == pytest.approx(rows[name]["cost_mean"], abs=0.6), name
-    first, second = (json_lines(f / "metrics.jsonl")[0] for f in (quick, tmp_path / "o"))
-    assert second["dpo_loss"] == pytest.approx(first["dpo_loss"], abs=0.01)
-    assert {value.dtype for value in tensors_of(tmp_path / "o").values()} == {torch.bfloat16}
-
-
-# ---- Refusals ------------------------------------------------------------------------------------
-
-
-def many(**changes):
-    """Forty good rows over twenty prompts, then one with changes; what is ... is left out."""
-    rows = [{**GOOD, "prompt": f"mix {i // 2}", "response_0": f"read {i}"} for i in range(40)]
-    return rows + [{key: value for key, value in {**GOOD, **changes}.items() if value is not ...}]
-
-
-BAD_DATA = {  # name of a file: (rows, words of the message)
-    "no_prompt": (many(prompt=...), "row 41: column prompt is missing"),
-    "label_of_2": (many(safer_response_id=2), "row 41: safer_response_id is 2; it must be 0 or 1"),
-    "no_text": ([{**GOOD, "prompt": ["mix"]}] * 40, "row 1: prompt is ['mix']; it must be text"),
-    "empty": ([], "nothing is there"),
-    "equal": ([{**GOOD, "response_0": "burn"}] * 40, "40 of identical responses"),
-    "contrary": ([{**GOOD, "safer_response_id": 1}] * 40, "40 whose safer response is unsafe"),
-    "long": ([{**row, "prompt": "mix " * 60} for row in many()], "that fills --max_length"),
-    "broken": (None, "--dataset broken.jsonl: cannot be read"),
-}
-REFUSED = {  # flags: words of the message
-    "--lamda 1": "unrecognized arguments: --lamda",
-    "--iterations 0": "--iterations is 0; it must be at least 1",
-    "--cost_confidence 1": "--cost_confidence is 1.0",
-    "--method pecan": "--method pecan needs --margin",
-    "--model /nowhere/model": "--model /nowhere/model",
-    '--model {"model_type":"llama","vocab_size":20}': "but the model's vocab_size is 20",
-    "--cost_model HEADLESS": "no score_head.weight",
-    "--cost_model THREE": "THREE: cannot be loaded",
-    "--reward_model COST": "calls it a cost",
-    "--config UNKNOWN.json": "--lamda",
-    "--lambdas 1 nan": "--lambdas must be at least 0, and finite",
-    "--dataset tiny:many": "--dataset tiny:many: cannot be read",
-    "--max_length 60": "more than the model's 64 positions",
-    "--compare nowhere": "--compare nowhere: cannot be loaded",
-    "--sft_model COST --tokenizer GRANITE": "it is no causal LM, it has no lm_head.weight",
-    "--cost_limit -50": "the lowest cost that the samples can reach",
-    "--model GRANITE --dtype bfloat16": "attention or output head this program gets wrong",
-}
-DATA = f"--max_length 128 --model {SMALL} --dataset"
-REFUSED |= {f"{DATA} {name}.jsonl": words for name, (_, words) in BAD_DATA.items()}
-
-
-@pytest.fixture(scope="module")
-def bad_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
-    for name, (rows, _) in BAD_DATA.items():
-        written(folder / f"{name}.jsonl", rows or [])
-    (folder / "UNKNOWN.json").write_text('{"lamda": 1}')
-    (folder / "broken.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": \n')
-    tiny_model("llama").save_pretrained(folder / "HEADLESS")
-    write_beaver(folder / "COST")
-    write_classifier(folder / "THREE", "llama", labels=3)
-    tiny_model("granite", logits_scaling=4.0).save_pretrained(folder / "GRANITE")
-    cdpo.tiny_tokenizer().save_pretrained(folder / "GRANITE")
-    return folder
-
-
-def refusal_of(capsys, folder, *flags):
-    """The one line on standard error with which the program refuses."""
-    with pytest.raises(SystemExit) as refusal:
-        main(folder, *flags)
-    message = capsys.readouterr().err
-    assert refusal.value.code == 2 and "Traceback" not in message, message
-    assert message.startswith("cdpo: ") and message.count("\n") == 1, message
-    return message
-
-
-@pytest.mark.parametrize("flags", REFUSED)
-def test_what_cannot_be_is_refused_in_one_line(flags, bad_files, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(bad_files)
-    message = refusal_of(capsys, tmp_path / "o", *SHORT, *flags.split())
-    assert REFUSED[flags] in message, message
-
-
-def test_other_settings_are_refused_with_the_flags_that_reuse_models(quick, tmp_path, capsys):
-    before = {file: file.read_bytes() for file in quick.rglob("*") if file.is_file()}
-    message = refusal_of(capsys, quick, *QUICK, "--beta", "0.5", "--seed", "3")
-    assert "beta was 1.0, is 0.5" in message and "seed was 0, is 3" in message
-    assert {file: file.read_bytes() for file in quick.rglob("*") if file.is_file()} == before
-    flags = reusing(quick)
-    assert all(f"{flag} {path}" in message for flag, path in zip(flags[::2], flags[1::2]))
-    policy, old = str(quick / "policy"), results_of(quick)
-    rows = main(tmp_path / "o", *QUICK, "--beta", "0.5", *flags, "--compare", policy)
-    assert list(rows) == ["SFT", "C-DPO", "DPO", policy] and not (tmp_path / "o" / "sft").exists()
-    assert rows["SFT"] == old["SFT"] and rows[policy]["cost_mean"] == old["C-DPO"]["cost_mean"]
-    assert rows[policy]["lambda"] is None and rows[policy]["kl"] == old["C-DPO"]["kl"]
-
-
-def test_a_refused_folder_keeps_all_and_an_overwritten_one_what_is_yours(quick, tmp_path, capsys):
-    for name, text in (("config.json", '{"model_type": "llama"}'), ("notes.txt", "mine")):
-        folder = tmp_path / name.partition(".")[0]
-        folder.mkdir()
-        (folder / name).write_text(text)
-        for flags in (QUICK, [*QUICK, "--overwrite"]):
-            assert "holds no run of this program" in refusal_of(capsys, folder, *flags)
-        assert (folder / name).read_text() == text and len(list(folder.iterdir())) == 1
-    (tmp_path / "file").write_text("")
-    assert "cannot be written" in refusal_of(capsys, tmp_path / "file", *QUICK)
-
-    folder = shutil.copytree(quick, tmp_path / "run")
-    for name in ("notes.txt", "plots.json"):
-        (folder / name).write_text("mine")
-    again = [*SHORT, "--method", "sft", "--overwrite"]
-    given = ["--sft_model", f"{folder}/sft/../sft"]  # in the very folder, by another spelling
-    assert "would delete" in refusal_of(capsys, folder, *again, *given)
-    refusal_of(capsys, folder, *again, "--dataset", "/nowhere.jsonl")  # nor is anything lost here
-    assert (folder / "sft").exists() and (folder / "metrics.jsonl").exists()
-    main(folder, *again)
-    assert (folder / "notes.txt").exists() and (folder / "plots.json").exists()
-    assert (folder / "sft").exists() and not (folder / "metrics.jsonl").exists()
-
-
-def test_a_run_refused_for_its_data_writes_nothing_and_a_config_can_be_read_back(tmp_path, capsys):
-    refusal_of(capsys, tmp_path / "o", *SHORT, "--dataset", "/nowhere.jsonl")
-    assert not (tmp_path / "o").exists()
-    cfg = cdpo.parse([*SHORT, "--output_dir", str(tmp_path / "o")])
-    cdpo.open_folder(cfg)
-    kept = cdpo.parse(["--config", str(tmp_path / "o" / "config.json")])  # nulls and lists, too
-    assert kept == cfg
+@pytest.mark.parametrize("rank, rate", [("0", "0.001"), ("4", "0.01")])
+def test_bfloat16_fits_the_same_pairs_as_float32(rank, rate, quick, tmp_path):
+    flags = [*QUICK, *reusing(quick), "--lambda_step", "fixed", "--no_recycle"]  # the same rows
+    flags, histories = [*flags, "--lora_rank", rank, "--learning_rate", rate], []
+    for dtype in ("float32", "bfloat16"):
+        main(tmp_path / dtype, *flags, "--dtype", dtype)
+        assert {str(x.dtype) for x in tensors_of(tmp_path / dtype).values()} == {f"torch.{dtype}"}
+        histories.append(json_lines(tmp_path / dtype / "metrics.jsonl"))
+    for one, two in zip(*histories):
+        assert two["dpo_loss"] == pytest.approx(one["dpo_loss"], abs=0.01)
+    assert two["dpo_loss"] < math.log(2) - 0.05  # what was learned is more than they may differ by
+    assert histories[1][0]["first_loss"] == pytest.approx(math.log(2), abs=2e-3)
 
 
 if __name__ == "__main__":
     flags = ["--config", TINY, "--output_dir", "tiny_output", *sys.argv[1:]]
     cdpo.main(flags)
-    cfg = cdpo.parse(flags)
-    run = cdpo.load_run(cfg, Path(cfg.output_dir))
-    table = list(dict.fromkeys(row.prompt for row in run.table))
-    for name, prompts in (("lambda's", run.lambda_prompts), ("the table's", table)):
-        print(f"on {name} prompts:", json.dumps(exactness(run.out, prompts, vars(cfg))))
+    run, _ = cdpo.gate(cdpo.parse(flags))
+    for name, rows in (("λ's", run.dual_rows), ("the table's", run.table_rows)):
+        found = exactness(run, list(dict.fromkeys(row.prompt for row in rows)))
+        print(f"on {name} prompts:", json.dumps(found, ensure_ascii=False))
