@@ -542,9 +542,7 @@ def constrained_dpo(run, rows, dual, cost_limit, lam):
 
         # What is measured is the policy as it is written, merged and rounded
         export(run, policy.model.inner, iterate)
-        policy.model.to("cpu")  # the policy that samples has the card to itself
         newest = measure(run, "iterate", run.dual_rows, cfg.lambda_samples, iteration)
-        policy.model.to(DEVICE)
         sampled.append(newest)
         report(cfg, newest, lam, f"iteration {iteration}: λ {lam:.4f},")
 
@@ -1372,24 +1370,8 @@ def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
 COLUMNS = "prompt response_0 response_1 better_response_id safer_response_id "
 COLUMNS = (COLUMNS + "is_response_0_safe is_response_1_safe").split()
 TINY_VERBS = ["open", "clean", "move", "mix", "heat", "store", "test", "sell"]
-TINY_NOUNS = [
-    "door",
-    "oil",
-    "acid",
-    "paint",
-    "gas",
-    "lamp",
-    "car",
-    "drug",
-    "wire",
-    "pool",
-    "safe",
-    "tank",
-    "bread",
-    "knife",
-    "roof",
-    "van",
-]
+TINY_NOUNS = ["door", "oil", "acid", "paint", "gas", "lamp", "car", "drug"]
+TINY_NOUNS += ["wire", "pool", "safe", "tank", "bread", "knife", "roof", "van"]
 TINY_WORDS = ["wait", "ask", "read", "measure", "push", "cut", "force", "burn"]
 TINY_HELP = [-0.6, -0.15, 0.05, 0.45, 0.1, 0.25, 0.5, -0.6]
 TINY_HARM = [-0.6, -0.45, -0.15, -0.15, 0.1, 0.3, 0.65, 0.3]
