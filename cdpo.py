@@ -1745,7 +1745,7 @@ def without(prompts, others):
 
 
 def check_model(cfg, kind, source, tokenizer, rows):
-    """Try a given model as the run will use it, on a CPU. → digest of its weights and tokens.
+    """Try a given model as the run will use it, on a CPU. → digest of its weights and words.
 
     ValueError, or what transformers raises, for one that the run would get wrong.
     """
@@ -1774,7 +1774,8 @@ def check_model(cfg, kind, source, tokenizer, rows):
             f", and texts are of {longest}: lower --max_length and --max_new_tokens"
         )
 
-    found = digest([*map(vars, rows), *model.state_dict().values()])
+    words = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
+    found = digest([*words, *model.state_dict().values()])
     keep_one_layer_of_each_kind(model)
     head, row = max(lengths)[0], max(rows, key=lambda row: row.length)
     samples = [new] * max(2, (cfg.row_length - head) // new)
