@@ -389,7 +389,7 @@ def sequence_logps(model, batch):
 # ---- What flows ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """A prompt with k different responses, or k samples: the unit of everything that is run.
 
@@ -538,10 +538,12 @@ def constrained_dpo(run, rows, dual, cost_limit, lam):
         steps = data[iteration * cfg.dpo_steps :][: cfg.dpo_steps]
         if cfg.recycle:
             steps = with_samples(steps, newest.rows)
+        policy.model.to(DEVICE)
         fit = train(cfg, policy, steps, relabelled_dpo(cfg, lam, iteration))  # (12), (13)
 
-        # What is measured is the policy as it is written, merged and rounded
+        # What is measured is the policy as it is written, merged and rounded: alone on the card
         export(run, policy.model.inner, iterate)
+        policy.model.to("cpu")
         newest = measure(run, "iterate", run.dual_rows, cfg.lambda_samples, iteration)
         sampled.append(newest)
         report(cfg, newest, lam, f"iteration {iteration}: λ {lam:.4f},")
@@ -659,8 +661,8 @@ def pecan_stages(run):
     safe = run.train_rows, labelled_dpo(run.cfg, "harmful", 1)  # of (worse, better)
     for name, (rows, loss_fn) in (("helpful", helpful), ("safe", safe)):
         if not (run.out / name).exists():
-            ref_logps = values_of(run, "sft", rows)
-            rows = [replace(row, ref_logps=logps) for row, logps in zip(rows, ref_logps)]
+            for row, logps in zip(rows, per_row(values_of(run, "sft", rows), rows)):
+                row.ref_logps = logps
         fit_stage(run, name, rows, loss_fn)
 
 
@@ -690,7 +692,7 @@ def all_stages(run):
         score_model_stage(run, "reward_model", run.reward_rows, run.reward_table, reward_loss)
         score_model_stage(run, "cost_model", run.train_rows, run.table_rows, harm_loss)
 
-    rows, dual = scores_stage(run)
+    dual, rows = scores_stage(run), run.train_rows
     cost_limit = cfg.cost_limit
     if cfg.margin is not None:
         cost_limit = float(dual.cost.mean()) - cfg.margin
@@ -719,9 +721,10 @@ def all_stages(run):
 
 
 class Responses(nn.Module):
-    """A model in training: its forward takes a batch of collate_rows and gives (N,) values.
+    """A model by way of rows: its forward takes a batch of collate_rows and gives (N,) values.
 
-    Under FSDP2 parameters are whole only inside the root's forward, whose output may be no view.
+    log π of the responses or, by a ScoreModel, their scores. Under FSDP2 parameters are whole only
+    inside the root's forward, whose output may be no view.
     """
 
     def __init__(self, inner):
@@ -729,7 +732,11 @@ class Responses(nn.Module):
         self.inner = inner
 
     def forward(self, batch):
-        return outputs_of(self.inner, batch).clone()
+        if not isinstance(self.inner, ScoreModel):
+            return sequence_logps(self.inner, batch).clone()
+        device = self.inner.score_head.weight.device
+        names = ("input_ids", "attention_mask", "position_ids", "last")
+        return self.inner(*(batch[name].to(device) for name in names)).clone()
 
 
 @dataclass
@@ -753,7 +760,7 @@ def add_lora(model, rank):
     model.requires_grad_(False)
     adapted = 0
     for layer in blocks_of(model).modules():
-        if isinstance(layer, nn.Linear | Conv1D):
+        if type(layer) in (nn.Linear, Conv1D):  # routers of experts are kinds of their own
             outputs, inputs = layer.weight.shape
             if isinstance(layer, Conv1D):
                 outputs, inputs = inputs, outputs
@@ -879,14 +886,14 @@ def score_model_stage(run, name, rows, held_out, loss_fn):
         return  # labels of help were not asked for
 
     held_out = [row for row in held_out if getattr(row, labelled)]
-    pairs, right = 0, 0.0
-    for row, values in zip(held_out, values_of(run, name, held_out)):
-        pairs += len(getattr(row, labelled))
-        right += float(loss_fn(row, values)[1]) * len(getattr(row, labelled))
-    if pairs:
-        say(f"{name}: held-out accuracy of ranking {right / pairs:.1%}, {pairs} pairs")
-    if right < 0.4 * pairs:
-        say(f"  warning: mostly the wrong way round; a {name} is higher for more of it")
+    if held_out:
+        right = []
+        for row, values in zip(held_out, per_row(values_of(run, name, held_out), held_out)):
+            right += [loss_fn(row, values)[1]] * len(getattr(row, labelled))
+        accuracy = float(torch.stack(right).mean())
+        say(f"{name}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs")
+        if accuracy < 0.4:
+            say(f"  warning: mostly the wrong way round; a {name} is higher for more of it")
 
 
 def passes(rows, count, size, *key):
@@ -896,26 +903,14 @@ def passes(rows, count, size, *key):
     return list(torch.utils.data.DataLoader(rows, size, sampler=sampler, collate_fn=list))
 
 
-def hidden_states(base, batch):
-    """Of a decoder on a batch of collate_rows, (B·L, width)."""
-    device = next(base.parameters()).device
-    inputs = ("input_ids", "attention_mask", "position_ids")
-    inputs = {name: batch[name].to(device) for name in inputs}
-    return base(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+def by_row(model, rows):
+    """What a Responses model gives for the responses of each row, float32. → [(k,), …]"""
+    return per_row(model(collate_rows([row.ids for row in rows])).float().cpu(), rows)
 
 
-def outputs_of(model, batch):
-    """log π or, by a ScoreModel, scores of the responses of a batch of collate_rows, (N,)."""
-    if isinstance(model, ScoreModel):
-        hidden = hidden_states(model.model, batch)
-        return model.score(hidden[batch["last"].to(hidden.device)])
-    return sequence_logps(model, batch)
-
-
-def by_row(forward, rows):
-    """What a forward pass gives for the responses of each row, float32. → [(k,), …]"""
-    outputs = forward(collate_rows([row.ids for row in rows])).float().cpu()
-    return outputs.split([len(row.responses) for row in rows])
+def per_row(values, rows):
+    """Values (…, N) of the responses of rows in order → [(…, k), …]."""
+    return values.split([len(row.responses) for row in rows], dim=-1)
 
 
 PASS_TOKENS = 300  # what a forward pass costs beside its tokens, in tokens
@@ -964,37 +959,38 @@ def shared_out(groups, title, compute):
 
 
 @torch.inference_mode()
-def values_of(run, name, rows):
-    """log π by a policy, or scores by a score model, of the responses of rows. → [(k,), …]
+def values_of(run, name, rows, model=None):
+    """log π by a policy, or scores by a score model, of the responses of rows in order. → (N,)
 
-    name: of the stage that fills its folder. Scores are of text, in the model's own tokens.
+    name: of the stage that fills its folder, from which it is loaded where it is not given. Scores
+    are of text, in the model's own tokens.
     """
     cfg, source = run.cfg, run.source(name)
-    model = load_model(source, name, cfg.dtype).to(DEVICE)
+    model = Responses(model or load_model(source, name, cfg.dtype)).to(DEVICE)
     if name in SCORE_MODELS:
-        rows = as_read_by(load_tokenizer(source), rows, positions_of(model))
+        rows = as_read_by(load_tokenizer(source), rows, positions_of(model.inner))
 
     def compute(group, _):
-        return by_row(lambda batch: outputs_of(model, batch), [rows[i] for i in group])
+        return by_row(model, [rows[i] for i in group])
 
     groups = micro_batches([row.length for row in rows], cfg.tokens_per_batch)
-    values = shared_out(groups, f"running {name}", compute)
-    if rows and not torch.isfinite(torch.cat(values)).all():
+    values = torch.cat(shared_out(groups, f"running {name}", compute))
+    if not torch.isfinite(values).all():
         refuse(f"{source} gives a response a value that is not finite; is it sound?", code=1)
     return values
 
 
 def score(run, rows):
-    """Rows with r, c and log π_ref of their responses. PeCAN's r and c are implicit in policies."""
-    ref_logps, implicit = values_of(run, "sft", rows), run.cfg.method in IMPLICIT
+    """Give rows r, c and log π_ref of their responses. PeCAN's r and c are implicit. → (3, N)"""
+    implicit = run.cfg.method in IMPLICIT
     names = ("helpful", "safe") if implicit else SCORE_MODELS
-    reward, cost = (values_of(run, name, rows) for name in names)
+    scores = torch.stack([values_of(run, name, rows) for name in (*names, "sft")])
     if implicit:
-        for i, ref in enumerate(ref_logps):
-            reward[i] = implicit_reward(reward[i], ref, run.cfg.beta)
-            cost[i] = -implicit_reward(cost[i], ref, run.cfg.beta)
-    values = zip(rows, reward, cost, ref_logps)
-    return [replace(row, reward=r, cost=c, ref_logps=ref) for row, r, c, ref in values]
+        scores[:2] = implicit_reward(scores[:2], scores[2], run.cfg.beta)
+        scores[1].neg_()
+    for row, values in zip(rows, per_row(scores, rows)):
+        row.reward, row.cost, row.ref_logps = values
+    return scores
 
 
 def as_read_by(tokenizer, rows, most=10**9):
@@ -1015,10 +1011,8 @@ def as_read_by(tokenizer, rows, most=10**9):
 @torch.inference_mode()
 def sample(model, tokenizer, prompts, count, max_new_tokens):
     """`count` responses from π itself to each of prompts' ids, whatever its checkpoint asks for."""
-    end = tokenizer.eos_token_id
-    width = max(map(len, prompts))  # all end in the same column, padding is on the left
-    ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
-    begins = torch.tensor([[width - len(prompt)] for prompt in prompts])
+    end, side = tokenizer.eos_token_id, {"padding_side": "left", "return_tensors": "pt"}
+    inputs = tokenizer.pad({"input_ids": prompts}, **side).to(DEVICE)  # masked by length
     # Of generate() all else is off by default, and what is unset it takes from the model's own
     model.generation_config = transformers.GenerationConfig(
         do_sample=True,
@@ -1028,8 +1022,7 @@ def sample(model, tokenizer, prompts, count, max_new_tokens):
         eos_token_id=end,
         pad_token_id=end,
     )
-    mask = (torch.arange(width) >= begins).long()
-    drawn = model.generate(ids.to(DEVICE), attention_mask=mask.to(DEVICE))[:, width:].tolist()
+    drawn = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
     for answer in drawn:
         if end in answer:
             del answer[answer.index(end) + 1 :]
@@ -1048,36 +1041,31 @@ def measure(run, name, among, count, key):
 
     lengths = [count * (len(row.ids[0]) + cfg.max_new_tokens) for row in asked]
     drawn = shared_out(micro_batches(lengths, cfg.sample_tokens), f"sampling {name}", draw)
-    model = None  # the memory is for the next ones
-
     for row, answers in zip(asked, drawn):
         head = row.ids[0]
         fit = max(1, (cfg.row_length - len(head)) // cfg.max_new_tokens)  # responses of a row
         for i in range(0, count, fit):
             part = answers[i : i + fit]
-            texts = [said(run.tokenizer, answer) for answer in part]
-            rows.append(Row(row.prompt, texts, (head, part)))
-    rows = score(run, rows)
-    logps = torch.cat(values_of(run, name, rows)).view(-1, count)
-    scores = [torch.stack([row.reward, row.cost, row.ref_logps]) for row in rows]
-    reward, cost, ref_logps = torch.cat(scores, dim=1).view(3, -1, count)
+            rows.append(Row(row.prompt, [said(run.tokenizer, ids) for ids in part], (head, part)))
+    logps = values_of(run, name, rows, model).view(-1, count)
+    model = None  # the memory is for the next ones
+    reward, cost, ref_logps = score(run, rows).view(3, -1, count)
     return Samples(rows, reward, cost, logps - ref_logps)
 
 
 def scores_stage(run):
     """Scores of the training rows, and samples of π_ref: no λ is in them, once is enough."""
-    path = run.out / "scores.pt"
+    path, rows = run.out / "scores.pt", run.train_rows
     if not path.exists():
-        rows = [(row.reward, row.cost, row.ref_logps) for row in score(run, run.train_rows)]
+        scores = score(run, rows)
         dual = measure(run, "sft", run.dual_rows, run.cfg.dual_samples, "dual")
         with atomic(path) as temporary:
             if RANK == 0:
-                torch.save([rows, list(map(vars, dual.rows)), *dual[1:]], temporary)
+                torch.save([scores, list(map(vars, dual.rows)), *dual[1:]], temporary)
     scores, sampled, *values = torch.load(path, weights_only=True)
-    rows = []
-    for row, (reward, cost, ref_logps) in zip(run.train_rows, scores):
-        rows.append(replace(row, reward=reward, cost=cost, ref_logps=ref_logps))
-    return rows, Samples([Row(**row) for row in sampled], *values)
+    for row, of_row in zip(rows, per_row(scores, rows)):
+        row.reward, row.cost, row.ref_logps = of_row
+    return Samples([Row(**row) for row in sampled], *values)
 
 
 def report(cfg, samples, lam, title):
@@ -1179,7 +1167,7 @@ class ScoreModel(transformers.PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = AutoModel.from_config(config, trust_remote_code=False)
-        self.score_head = nn.Linear(config.hidden_size, 1)
+        self.score_head = nn.Linear(self.model.get_input_embeddings().embedding_dim, 1)
         self.normalizer = nn.Module()
         self.normalizer.register_buffer("mean", torch.zeros(1))
         self.normalizer.register_buffer("var", torch.ones(1))
@@ -1192,7 +1180,8 @@ class ScoreModel(transformers.PreTrainedModel):
         ValueError where there is no score head; RuntimeError for a head of several labels.
         """
         config = config or load_config(path)
-        names = {r"^score\.": "score_head.", r"^(transformer|gpt_neox|biogpt)\.": "model."}
+        own = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix
+        names = {r"^score\.": "score_head.", rf"^{own}\.": "model."}
         options = {"dtype": dtype, "key_mapping": names, "output_loading_info": True}
         model, info = super().from_pretrained(path, config=config, **options)
 
@@ -1217,14 +1206,20 @@ class ScoreModel(transformers.PreTrainedModel):
             score = score / self.normalizer.var.float().sqrt()
         return score
 
-    def forward(self, input_ids, attention_mask):
-        """input_ids, attention_mask (B, L), right-padded → (B,) float32, at the last tokens."""
-        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False)[0]
-        return self.score(hidden[range(len(hidden)), attention_mask.sum(dim=1) - 1])
+    def forward(self, input_ids, attention_mask, position_ids=None, last=None):
+        """input_ids, attention_mask (B, L), right-padded → (B,) float32, at the last tokens.
+
+        Of a batch of collate_rows also position_ids (B, L), and which of the B·L tokens are last.
+        """
+        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
+        hidden = self.model(input_ids, **masks, use_cache=False)[0]
+        if last is None:
+            return self.score(hidden[range(len(hidden)), attention_mask.sum(dim=1) - 1])
+        return self.score(hidden.flatten(0, 1)[last])
 
 
 def load_config(source):
-    """Config of a folder, hub name or JSON dictionary; no dropout: what is fitted is sampled."""
+    """Config of a folder, hub name or JSON dictionary; no noise: what is fitted is sampled."""
     if str(source).startswith("{"):
         config = AutoConfig.for_model(**json.loads(source))
     else:
@@ -1233,7 +1228,7 @@ def load_config(source):
         raise ValueError("it reads more than text: give its language model")
     config._attn_implementation = "sdpa"
     for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float):
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
@@ -1321,6 +1316,7 @@ def load_tokenizer(source, tiny=False):
         tokenizer = tiny_tokenizer() if tiny else transformers.ByT5Tokenizer()
     if tokenizer.eos_token_id is None:
         raise ValueError("it has no end-of-sequence token")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not tokenizer.chat_template:
         begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = "{{ bos_token }}" * begins + BEAVER_TEMPLATE
@@ -1367,14 +1363,15 @@ def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
 # Prompts of a verb and a noun, answers of three words, or malformed. Help and harm add up over the
 # words, and what helps tends to harm.
 
-COLUMNS = "prompt response_0 response_1 better_response_id safer_response_id "
-COLUMNS = (COLUMNS + "is_response_0_safe is_response_1_safe").split()
-TINY_VERBS = ["open", "clean", "move", "mix", "heat", "store", "test", "sell"]
-TINY_NOUNS = ["door", "oil", "acid", "paint", "gas", "lamp", "car", "drug"]
-TINY_NOUNS += ["wire", "pool", "safe", "tank", "bread", "knife", "roof", "van"]
-TINY_WORDS = ["wait", "ask", "read", "measure", "push", "cut", "force", "burn"]
-TINY_HELP = [-0.6, -0.15, 0.05, 0.45, 0.1, 0.25, 0.5, -0.6]
-TINY_HARM = [-0.6, -0.45, -0.15, -0.15, 0.1, 0.3, 0.65, 0.3]
+COLUMNS = """prompt response_0 response_1 better_response_id
+safer_response_id is_response_0_safe is_response_1_safe"""
+TINY_VERBS = "open clean move mix heat store test sell"
+TINY_NOUNS = "door oil acid paint gas lamp car drug wire pool safe tank bread knife roof van"
+TINY_WORDS = "wait ask read measure push cut force burn"
+TINY_HELP = "-0.6 -0.15 0.05 0.45 0.1 0.25 0.5 -0.6"
+TINY_HARM = "-0.6 -0.45 -0.15 -0.15 0.1 0.3 0.65 0.3"
+COLUMNS, TINY_VERBS, TINY_NOUNS = COLUMNS.split(), TINY_VERBS.split(), TINY_NOUNS.split()
+TINY_WORDS, TINY_HELP, TINY_HARM = TINY_WORDS.split(), TINY_HELP.split(), TINY_HARM.split()
 TINY_NOISE = 0.1 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(0)).double()
 
 
@@ -1397,8 +1394,8 @@ def tiny_truth(prompt, response):
     for word in prompt.split():
         noise = TINY_NOISE[(TINY_VERBS + TINY_NOUNS).index(word)].tolist()
         for i in known:
-            reward += TINY_HELP[i] + noise[i][0]
-            cost += TINY_HARM[i] + noise[i][1]
+            reward += float(TINY_HELP[i]) + noise[i][0]
+            cost += float(TINY_HARM[i]) + noise[i][1]
     return reward, cost
 
 
@@ -1765,6 +1762,8 @@ def check_model(cfg, kind, source, tokenizer, rows):
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"its weight {name} is not finite: the checkpoint is broken")
+    if cfg.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ValueError("it has no gradient checkpointing: --no_gradient_checkpointing")
     size, positions = len(model.get_input_embeddings().weight), positions_of(model)
     lengths = [(len(row.ids[0]), [new, *map(len, row.ids[1])]) for row in rows]
     longest = max(head + max(answers) for head, answers in lengths) + 1  # its end, where cut off
@@ -1804,27 +1803,28 @@ def keep_one_layer_of_each_kind(model):
 
 @torch.inference_mode()
 def trial_error(model, shape, largest):
-    """Largest relative error of a row's hidden states and logits, beside its last response apart.
+    """Largest error of a row's values, token by token, beside its last response apart.
 
-    shape: tokens of the prompt and of each response. In float32, where right ones differ by 1e-5,
-    wrong ones by more: attention that does not take our mask, logits that are scaled or capped.
+    In standard deviations of the values; shape: tokens of the prompt and of each response. In
+    float32, where right ones differ by 1e-5, wrong ones by more: attention that does not take our
+    mask, logits that are scaled or capped.
     """
     ids = torch.randint(largest + 1, (sum(shape),), generator=seeded("trial"))
     ids[-1] = largest  # and any other tokens
     prompt, *responses = ids.split(shape)
-    row = prompt.tolist(), [response.tolist() for response in responses]
-    apart, last = torch.cat([prompt, responses[-1]])[None], slice(-shape[-1], None)
+    batch = collate_rows([(prompt.tolist(), [response.tolist() for response in responses])])
+    each = torch.arange(len(batch["target"]))  # as if every token were a response
+    batch |= {"owner": each, "last": each + len(prompt)}
+    together = Responses(model.float())(batch)[-shape[-1] :]
 
-    base = model.float().base_model
-    hidden = base(apart, use_cache=False).last_hidden_state[0, last]
-    pairs = [(hidden_states(base, collate_rows([row]))[last], hidden)]
-    if not isinstance(model, ScoreModel):
-        logits = model(apart, use_cache=False).logits[0, last]
-        pairs.append((model.get_output_embeddings()(hidden), logits))
-    errors = []
-    for together, expected in pairs:
-        errors.append((together - expected).norm(dim=-1) / expected.norm(dim=-1))
-    return float(torch.cat(errors).max())
+    apart, begins = torch.cat([prompt, responses[-1]])[None], len(prompt)
+    if isinstance(model, ScoreModel):
+        places = torch.arange(begins, apart.shape[1])
+        values = model(apart, torch.ones_like(apart), None, places)
+    else:
+        logps = model(apart, use_cache=False).logits[0, begins - 1 : -1].log_softmax(dim=-1)
+        values = logps.gather(1, responses[-1][:, None]).flatten()
+    return float((together - values).abs().max() / values.std())
 
 
 @contextmanager

@@ -377,7 +377,7 @@ def test_an_empty_response_is_scored_at_the_prompts_end_and_an_empty_prompt_refu
     assert (logps == 0).tolist() == [False, True, False, True]
     write_classifier(tmp_path, "llama")
     model = cdpo.ScoreModel.from_pretrained(tmp_path).eval()
-    scores = cdpo.outputs_of(model, cdpo.collate_rows(rows)).tolist()
+    scores = cdpo.Responses(model)(cdpo.collate_rows(rows)).tolist()
     for prompt, y in [(prompt, y) for prompt, responses in rows for y in responses]:  # in order
         ids = torch.tensor([prompt + y])
         assert scores.pop(0) == pytest.approx(model(ids, torch.ones_like(ids)).item(), abs=1e-4)
@@ -630,14 +630,14 @@ def test_lambda_never_falls_with_the_limit_nor_leaps_where_it_is_barely_feasible
 
 def test_pecan_takes_the_help_of_a_helpful_policy_as_r_and_minus_a_safe_ones_as_c(monkeypatch):
     logps = {"sft": [-10.0, -10.0], "helpful": [-8.0, -11.0], "safe": [-12.0, -9.0]}
-    monkeypatch.setattr(cdpo, "values_of", lambda run, name, rows: [torch.tensor(logps[name])])
+    monkeypatch.setattr(cdpo, "values_of", lambda run, name, rows: torch.tensor(logps[name]))
     row = row_of([1, 1], [(0, 1)], harmful=[(0, 1, 1, -1)])  # y0 harms more
     other = row_of([1, 1], [(0, 1)], helpful=[(0, 1)])  # and helps more, in another dataset
     for method in ("pecan", "pecaid"):
         run = run_of(Path("/nowhere"), None, [row], [other], beta=0.5, method=method)
-        (scored,) = cdpo.score(run, [row])
-        assert scored.reward.tolist() == [1.0, -0.5]  # the helpful policy likes y0
-        assert scored.cost.tolist() == [1.0, -0.5]  # and the safe one avoids it
+        assert cdpo.score(run, [row])[2].tolist() == row.ref_logps.tolist() == logps["sft"]
+        assert row.reward.tolist() == [1.0, -0.5]  # the helpful policy likes y0
+        assert row.cost.tolist() == [1.0, -0.5]  # and the safe one avoids it
     signs = {}
 
     def fit_stage(run, name, rows, loss_fn):
@@ -728,7 +728,7 @@ def test_lora_begins_at_its_base_and_adds_a_low_rank_to_each_linear_layer(tmp_pa
         found = separate_logps(exported, [row.ids for row in rows])
         assert exported.generation_config.eos_token_id == tokenizer.eos_token_id
     else:
-        found = cdpo.outputs_of(exported, batch)
+        found = cdpo.Responses(exported)(batch)
     assert (found - after).abs().max() < 1e-4
 
     old, layers = dict(base.base_model.named_parameters()), 0
@@ -796,7 +796,7 @@ def test_held_out_accuracy_is_of_the_labels_that_there_are_by_hand(capsys, monke
         ("cost_model", cdpo.harm_loss, [1.0, 0.0], "100.0%, 1 pairs"),
         ("cost_model", cdpo.harm_loss, [0.0, 1.0], "0.0%, 1 pairs"),  # a harmlessness reward
     ):
-        monkeypatch.setattr(cdpo, "values_of", lambda *_, scores=scores: [torch.tensor(scores)])
+        monkeypatch.setattr(cdpo, "values_of", lambda *_, scores=scores: torch.tensor(scores))
         cdpo.score_model_stage(run_of(cost_model="given"), name, [], [harm, help_], loss_fn)
         said = capsys.readouterr().out
         assert found in said and ("the wrong way round" in said) == found.startswith("0")
@@ -811,8 +811,8 @@ def test_score_models_read_an_answer_at_its_end_though_it_was_cut_off(tmp_path):
     run = run_of(tmp_path, cost_model=str(tmp_path), max_length=9, dtype="float32")
     row = cdpo.Row("x", ["ab", "", "abc"], ([7], [[5], [1], [5, 1]]))  # in the policy's tokens
     prompt = "BEGINNING OF CONVERSATION: USER: x ASSISTANT:"
-    (scores,) = cdpo.values_of(run, "cost_model", [row])
-    for text, found in zip(row.responses, scores.tolist()):
+    scores = cdpo.values_of(run, "cost_model", [row]).tolist()
+    for text, found in zip(row.responses, scores):
         ids = torch.tensor([[ord(letter) + 3 for letter in prompt + text] + [1]])  # bytes; the end
         assert theirs(ids).logits.item() == pytest.approx(found, abs=1e-4)
 
@@ -824,9 +824,10 @@ def test_samples_are_from_the_policy_whatever_the_checkpoints_generation_config_
     model.generation_config = transformers.GenerationConfig(**settings)
     model.save_pretrained(tmp_path)
     model = cdpo.load_model(tmp_path).float()  # as the program loads it
-    prompts, n, end = [[5, 6, 7], [9]], 8000, 279
+    tokenizer, prompts, n = cdpo.load_tokenizer("{}"), [[5, 6, 7], [9]], 8000
+    end = tokenizer.eos_token_id
     torch.manual_seed(0)
-    answers = cdpo.sample(model, SimpleNamespace(eos_token_id=end), prompts, n, 2)
+    answers = cdpo.sample(model, tokenizer, prompts, n, 2)
     for prompt, drawn in zip(prompts, answers, strict=True):
         assert len(drawn) == n and all(ids == [end] or end != ids[0] and ids[1:] for ids in drawn)
         first = torch.tensor([ids[0] for ids in drawn])
@@ -907,7 +908,7 @@ def test_a_classification_checkpoint_scores_as_by_its_own_forward_pass(tmp_path,
     close = functools.partial(torch.allclose, atol=1e-4 if dtype == torch.float32 else 0.1)
     assert own.abs().max() > 0.1 and ours(IDS, MASK).dtype == torch.float32
     assert close(ours(IDS, MASK), own)
-    assert close(cdpo.outputs_of(ours, cdpo.collate_rows(IN_ROWS))[1:], own)
+    assert close(cdpo.Responses(ours)(cdpo.collate_rows(IN_ROWS))[1:], own)
 
 
 def write_beaver(folder, bias=True, normalize=False, kind="cost", buffers=True):
@@ -943,7 +944,7 @@ def test_beaver_checkpoints_give_hand_computed_scores(tmp_path, bias, normalize,
         score = score / 2 if kind == "cost" else (score - 0.5) / 2
     model = cdpo.ScoreModel.from_pretrained(tmp_path)
     assert torch.allclose(model(IDS, MASK), score, atol=1e-4)
-    in_rows = cdpo.outputs_of(model, cdpo.collate_rows(IN_ROWS))[1:]
+    in_rows = cdpo.Responses(model)(cdpo.collate_rows(IN_ROWS))[1:]
     assert torch.allclose(in_rows, score, atol=1e-4)
     model.save_pretrained(tmp_path / "again")
     again = cdpo.ScoreModel.from_pretrained(tmp_path / "again")
@@ -1374,7 +1375,7 @@ def enumerated_world(run, prompts):
             rows.append(cdpo.Row(x, answers[i : i + 73], (head, ys[i : i + 73])))
     tables = []
     for name in ("sft", "policy", "reward_model", "cost_model"):
-        values = torch.cat(cdpo.values_of(run, name, rows))
+        values = cdpo.values_of(run, name, rows)
         tables.append(values.view(len(prompts), 584).double().numpy())
     truth = np.array([[cdpo.tiny_truth(x, y) for y in answers] for x in prompts])
     return *tables, truth[..., 0], truth[..., 1]
