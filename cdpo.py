@@ -43,10 +43,11 @@ parallelism, samplers faster than generate().
 """
 
 import argparse
+import csv
 import functools
 import gc
-import gzip
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -65,7 +66,6 @@ from typing import Literal, NamedTuple
 
 import datasets
 import filelock
-import pandas
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -77,7 +77,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
 
 RANK = int(os.environ.get("RANK", "0"))  # of torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -315,41 +314,35 @@ def collate_rows(rows, pad_id=0):
     of the prompt. ValueError for an empty prompt.
     """
     width = max(len(prompt) + sum(map(len, responses)) for prompt, responses in rows)
-    source, target, owner, last = [], [], [], []
-    tokens, places, segments = [], [], []  # of each row
+    table, last = [], []
     for b, (prompt, responses) in enumerate(rows):
         if not prompt:
             raise ValueError("collate_rows: an empty prompt has no token to predict from")
-        n = len(prompt)
-        ids, positions, segment = list(prompt), list(range(n)), [0] * n
-        for i, response in enumerate(responses, 1):
+        # Of each token: its id and position; 1 in the prompt, 2 … in responses; its source
+        row = [(token, place, 1, 0) for place, token in enumerate(prompt)]
+        for response in responses:
             # Its first token is predicted from the prompt's end, the others from the one before
-            before = [n - 1, *range(len(ids), len(ids) + len(response))]
-            source += [b * width + token for token in before[:-1]]
-            owner += [len(last)] * len(response)
-            last.append(b * width + before[-1])
-            ids += response
-            positions += range(n, n + len(response))
-            segment += [i] * len(response)
+            before = b * width + len(prompt) - 1
+            for place, token in enumerate(response, len(prompt)):
+                row.append((token, place, len(last) + 2, before))
+                before = b * width + len(row) - 1
+            last.append(before)
+        table.append(torch.tensor(row))
 
-        target += ids[n:]
-        tokens.append(torch.tensor(ids))
-        places.append(torch.tensor(positions))
-        segments.append(torch.tensor(segment))
-
-    pad = torch.nn.utils.rnn.pad_sequence
-    segment = pad(segments, True, -1)  # 0 prompt, 1 … k responses, −1 padding: by length
+    # (B, L) each, and 0 in the padding
+    ids, places, segment, source = torch.nn.utils.rnn.pad_sequence(table, True).unbind(-1)
+    answers = segment > 1
     # Causal, and within a segment or to the prompt; padding sees padding: no query without a key
     same = segment[:, :, None] == segment[:, None, :]
-    seen = (same | (segment == 0)[:, None, :]).tril()
+    seen = (same | (segment == 1)[:, None, :]).tril()
     return {
-        "input_ids": pad(tokens, True, pad_id),
-        "position_ids": pad(places, True),
+        "input_ids": ids.masked_fill(segment == 0, pad_id),
+        "position_ids": places,
         "attention_mask": seen[:, None],
-        "source": torch.tensor(source).long(),
-        "target": torch.tensor(target).long(),
-        "owner": torch.tensor(owner).long(),
-        "last": torch.tensor(last).long(),
+        "source": source[answers],
+        "target": ids[answers],
+        "owner": segment[answers] - 2,
+        "last": torch.tensor(last),
     }
 
 
@@ -362,11 +355,14 @@ def sequence_logps(model, batch):
     response tokens meet the vocabulary, in chunks: no (tokens × vocabulary) tensor is ever whole.
     """
     device = next(model.parameters()).device
-    inputs = ("input_ids", "attention_mask", "position_ids")
-    inputs = {name: batch[name].to(device) for name in inputs}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    hidden = hidden.index_select(0, batch["source"].to(device))  # (T, width)
-    target, owner = batch["target"].to(device), batch["owner"].to(device)
+    batch = {name: values.to(device) for name, values in batch.items()}
+    hidden = model.base_model(
+        batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+    ).last_hidden_state
+    hidden = hidden.flatten(0, 1).index_select(0, batch["source"])  # (T, width)
     head = model.get_output_embeddings()
 
     def token_logps(hidden, target):  # in bfloat16 the differences that DPO trains on are lost
@@ -374,7 +370,7 @@ def sequence_logps(model, batch):
         return -torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
     size, logps = max(1, 2**27 // head.weight.shape[0]), []
-    for part in zip(hidden.split(size), target.split(size)):
+    for part in zip(hidden.split(size), batch["target"].split(size)):
         if len(hidden) > size:  # backward computes the logits again
             again = torch.utils.checkpoint.checkpoint(token_logps, *part, use_reentrant=False)
             logps.append(again)
@@ -383,7 +379,7 @@ def sequence_logps(model, batch):
 
     # Thousands of float32 terms would err by hundredths
     sums = torch.zeros(len(batch["last"]), device=device, dtype=torch.float64)
-    return sums.index_add(0, owner, torch.cat(logps).double()).float()
+    return sums.index_add(0, batch["owner"], torch.cat(logps).double()).float()
 
 
 # ---- What flows ----------------------------------------------------------------------------------
@@ -457,7 +453,7 @@ class Run:
 def sft_loss(row, logps):
     """Cross-entropy a token, on both responses of each pair: as often as people compared them."""
     compared = torch.tensor(row.compared).flatten()
-    lengths = torch.tensor([len(response) for response in row.ids[1]])
+    lengths = torch.tensor(list(map(len, row.ids[1])))
     return -logps[compared].sum() / lengths[compared].sum(), torch.zeros(())
 
 
@@ -475,32 +471,30 @@ def harm_loss(row, costs):
 
 
 def preference_loss(row, logps, pairs, prob, beta):
-    """(13) on index pairs (P, 2) of a row with P(first ≻ second), (P,)."""
-    policy_logps, ref_logps = logps[pairs], row.ref_logps[pairs]
-    log_ratio = (policy_logps - ref_logps).detach()
+    """(13) on index pairs (P, 2) of a row with P(first ≻ second), (P,) or a number for all."""
+    log_ratio = (logps - row.ref_logps)[pairs]
     agrees = (log_ratio[:, 0] - log_ratio[:, 1]) * (prob - 0.5) > 0
-    return dpo_loss(policy_logps, ref_logps, prob, beta), agrees.float().mean()
+    return dpo_loss(logps[pairs], row.ref_logps[pairs], prob, beta), agrees.float().mean()
 
 
 def relabelled_dpo(cfg, lam, key):
     """The loss of (13) on a row's pairs, relabelled for λ. key: of the draw of labels."""
 
     def loss_fn(row, logps):
-        pairs, generator = pairs_of(row, cfg.all_pairs), None
-        if cfg.labels == "sample":
-            generator = seeded("labels", cfg.seed, key, row.ids)
+        pairs = pairs_of(row, cfg.all_pairs)
+        generator = seeded("labels", cfg.seed, key, row.ids)  # of labels that are drawn
         prob = relabel(row.reward[pairs], row.cost[pairs], lam, cfg.labels, generator)  # (12)
         return preference_loss(row, logps, pairs, prob, cfg.beta)
 
     return loss_fn
 
 
-def labelled_dpo(cfg, labels, winner):
-    """The loss of DPO on pairs as people labelled them. labels: a field of Row; winner: 0 or 1."""
+def labelled_dpo(cfg, labels, prob):
+    """DPO's loss on pairs, as people labelled them, a field of Row; prob, 1 or 0, as in (13)."""
 
     def loss_fn(row, logps):
-        pairs = torch.tensor(getattr(row, labels))[:, [winner, 1 - winner]]
-        return preference_loss(row, logps, pairs, torch.ones(len(pairs)), cfg.beta)
+        pairs = torch.tensor(getattr(row, labels))[:, :2]
+        return preference_loss(row, logps, pairs, prob, cfg.beta)
 
     return loss_fn
 
@@ -529,7 +523,7 @@ def constrained_dpo(run, rows, dual, cost_limit, lam):
     # From π_ref; the learning rate is constant over half of the loop, then falls to 0
     total = cfg.iterations * cfg.dpo_steps
     policy = start_training(run, "policy", total)
-    data = passes(rows, total, cfg.batch_size, cfg.seed, "policy")  # the rows of each step
+    data = passes(cfg, rows, total, "policy")  # the rows of each step
     history, sampled = [], []  # what was measured, a line of metrics.jsonl each; what was sampled
     newest = dual
 
@@ -538,20 +532,20 @@ def constrained_dpo(run, rows, dual, cost_limit, lam):
         steps = data[iteration * cfg.dpo_steps :][: cfg.dpo_steps]
         if cfg.recycle:
             steps = with_samples(steps, newest.rows)
-        policy.model.to(DEVICE)
-        fit = train(cfg, policy, steps, relabelled_dpo(cfg, lam, iteration))  # (12), (13)
+        policy.to(DEVICE)
+        loss_fn = relabelled_dpo(cfg, lam, iteration)  # (12), (13)
+        loss, accuracy, speed = train(cfg, policy, steps, loss_fn)
 
         # What is measured is the policy as it is written, merged and rounded: alone on the card
-        export(run, policy.model.inner, iterate)
-        policy.model.to("cpu")
+        export(run, policy.inner, iterate)
+        policy.to("cpu")
         newest = measure(run, "iterate", run.dual_rows, cfg.lambda_samples, iteration)
         sampled.append(newest)
         report(cfg, newest, lam, f"iteration {iteration}: λ {lam:.4f},")
 
-        entry = {"iteration": iteration, "lambda": lam, "dpo_loss": fit.pop("loss")} | fit
-        entry |= numbers_of(run, newest)  # cost_mean, kl and so on
+        entry = {"iteration": iteration, "lambda": lam, "dpo_loss": loss, "dpo_accuracy": accuracy}
+        entry |= speed | numbers_of(run, newest)  # cost_mean, kl and so on
         entry["cost_bound"] = estimate(newest.cost, cfg.cost_confidence)
-        entry["dpo_accuracy"] = entry.pop("accuracy")
         entry["seconds"] = time.perf_counter() - started
         history.append(entry)
 
@@ -562,12 +556,11 @@ def constrained_dpo(run, rows, dual, cost_limit, lam):
 
         lam = next_lambda(cfg, history, sampled, cost_limit)
 
-    met = sum(entry["cost_bound"] <= cost_limit for entry in history)
-    over = history[kept]["cost_bound"] - cost_limit
-    say(f"kept: iteration {kept}, cost less limit {over:+.3f}; {met} iterates met the limit")
+    entry = history[kept]
+    say(f"kept: iteration {kept}, cost {entry['cost_bound']:+.3f}, limit {cost_limit:+.3f}")
     remove(iterate)
     move(best, run.out / "policy")
-    return history[kept]["lambda"]
+    return entry["lambda"]
 
 
 def next_lambda(cfg, history, sampled, cost_limit):
@@ -628,17 +621,15 @@ def best_iterate(cfg, history, sampled, cost_limit):
     """
     if len(history) == 1:
         return 0
-    kept, newest = history[-2]["kept"], len(history) - 1
+    kept = history[-2]["kept"]
     price = 1 + 2 * max(entry["lambda"] for entry in history)  # above λ*, no violation pays
 
-    objectives, excesses = [], []
-    for i in (kept, newest):
-        objectives.append((sampled[i].reward - cfg.beta * sampled[i].log_ratio).mean(dim=1))  # (n,)
-        excesses.append(max(0.0, history[i]["cost_bound"] - cost_limit))
-    gain, worse = objectives[1] - objectives[0], excesses[1] - excesses[0]
+    objectives = [(by.reward - cfg.beta * by.log_ratio).mean(dim=1) for by in sampled]  # (n,) each
+    excesses = [max(0.0, entry["cost_bound"] - cost_limit) for entry in history]
+    gain, worse = objectives[-1] - objectives[kept], excesses[-1] - excesses[kept]
 
     error = 0.0 if worse > 0 else float(gain.std()) / math.sqrt(len(gain))
-    return newest if float(gain.mean()) - price * worse >= -error else kept
+    return len(history) - 1 if float(gain.mean()) - price * worse >= -error else kept
 
 
 def with_samples(steps, rows):
@@ -647,23 +638,15 @@ def with_samples(steps, rows):
     return [step + fresh[i :: len(steps)] for i, step in enumerate(steps)]
 
 
-def one_shot(run, rows, lam, name="policy"):
-    """λ is known before training: one fit, as many steps as all of Algorithm 1.
-
-    MoCAN (2405.19544) where λ minimises the dual (9) on samples of π_ref; DPO where it is 0.
-    """
-    fit_stage(run, name, rows, relabelled_dpo(run.cfg, lam, name))
-
-
 def pecan_stages(run):
     """PeCAN (2405.19544): r and −c are implicit in two policies, fitted to people's labels."""
-    helpful = run.reward_rows, labelled_dpo(run.cfg, "helpful", 0)
-    safe = run.train_rows, labelled_dpo(run.cfg, "harmful", 1)  # of (worse, better)
-    for name, (rows, loss_fn) in (("helpful", helpful), ("safe", safe)):
+    helpful = "helpful", run.reward_rows, "helpful", 1.0  # the chosen one stands first
+    safe = "safe", run.train_rows, "harmful", 0.0  # the worse one
+    for name, rows, labels, prob in (helpful, safe):
         if not (run.out / name).exists():
-            for row, logps in zip(rows, per_row(values_of(run, "sft", rows), rows)):
+            for row, logps in per_row(values_of(run, "sft", rows), rows):
                 row.ref_logps = logps
-        fit_stage(run, name, rows, loss_fn)
+        fit_stage(run, name, rows, labelled_dpo(run.cfg, labels, prob))
 
 
 def first_lambda(cfg, dual, cost_limit):
@@ -692,8 +675,7 @@ def all_stages(run):
         score_model_stage(run, "reward_model", run.reward_rows, run.reward_table, reward_loss)
         score_model_stage(run, "cost_model", run.train_rows, run.table_rows, harm_loss)
 
-    dual, rows = scores_stage(run), run.train_rows
-    cost_limit = cfg.cost_limit
+    dual, rows, cost_limit = scores_stage(run), run.train_rows, cfg.cost_limit
     if cfg.margin is not None:
         cost_limit = float(dual.cost.mean()) - cfg.margin
 
@@ -705,15 +687,14 @@ def all_stages(run):
         lam = 0.0 if cfg.method == "dpo" else first_lambda(cfg, dual, cost_limit)
         if cfg.method in ("cdpo", "pecaid"):
             lam = constrained_dpo(run, rows, dual, cost_limit, lam)
-        else:
-            one_shot(run, rows, lam)
         policies[name[cfg.method]] = "policy", lam
-
     for lam in cfg.lambdas or ():
         title = f"λ = {lam:.9g}" if lam else "DPO"
-        if title not in policies:
-            policies[title] = f"lambda-{lam:.9g}", lam
-            one_shot(run, rows, lam, f"lambda-{lam:.9g}")
+        policies.setdefault(title, (f"lambda-{lam:.9g}", lam))
+
+    for stage, lam in policies.values():
+        if lam is not None:  # λ is known: one fit, as many steps as all of Algorithm 1
+            fit_stage(run, stage, rows, relabelled_dpo(cfg, lam, stage))
     evaluate(run, policies, dual, cost_limit)
 
 
@@ -724,7 +705,8 @@ class Responses(nn.Module):
     """A model by way of rows: its forward takes a batch of collate_rows and gives (N,) values.
 
     log π of the responses or, by a ScoreModel, their scores. Under FSDP2 parameters are whole only
-    inside the root's forward, whose output may be no view.
+    inside the root's forward, whose output may be no view. One in training, of start_training, also
+    has its name, optimizer and scheduler.
     """
 
     def __init__(self, inner):
@@ -732,21 +714,9 @@ class Responses(nn.Module):
         self.inner = inner
 
     def forward(self, batch):
-        if not isinstance(self.inner, ScoreModel):
-            return sequence_logps(self.inner, batch).clone()
-        device = self.inner.score_head.weight.device
-        names = ("input_ids", "attention_mask", "position_ids", "last")
-        return self.inner(*(batch[name].to(device) for name in names)).clone()
-
-
-@dataclass
-class Trainee:
-    """A model in training, its learning rate: 10 steps up, constant, to 0 over the second half."""
-
-    name: str
-    model: Responses
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+        if isinstance(self.inner, ScoreModel):
+            return self.inner(**batch).clone()
+        return sequence_logps(self.inner, batch)
 
 
 LORA_SCALE = 2.0  # α/r: α is 2r
@@ -769,9 +739,9 @@ def add_lora(model, rank):
             nn.init.kaiming_uniform_(layer.lora_a, math.sqrt(5))
             layer.register_forward_hook(add_low_rank)
             adapted += layer.weight.numel()
+    say(f"LoRA of rank {rank} beside {adapted:,} of {model.num_parameters():,} weights")
     if isinstance(model, ScoreModel):
         model.score_head.float().requires_grad_(True)
-    say(f"LoRA of rank {rank} beside {adapted:,} of {model.num_parameters():,} weights")
 
 
 def add_low_rank(layer, args, output):
@@ -780,19 +750,25 @@ def add_low_rank(layer, args, output):
 
 
 def start_training(run, name, steps):
-    """The Trainee of a stage: from --model for SFT, else from the reference."""
-    cfg, of_scores = run.cfg, name in SCORE_MODELS
+    """The model of a stage, as Responses with an optimizer: --model for SFT, else the reference.
+
+    Its learning rate: 10 steps up, constant, to 0 over the second half.
+    """
+    cfg = run.cfg
     gc.collect()  # the last model and its FSDP state are reference cycles: 27 GB of weights at 7B
     if GPU:
         torch.cuda.empty_cache()  # what one stream has freed another cannot use
+        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(cfg.seed)  # of a new head, of adapters, or of a model from scratch
     source = cfg.model if name == "sft" else run.source("sft")
     dtype = cfg.dtype if cfg.lora_rank else "float32"  # weights that are trained stay float32
-    model = load_model(source, name, dtype, new_head=of_scores).train()
+    model = load_model(source, name, dtype, new_head=True)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint = torch.utils.checkpoint.checkpoint
+        for block in blocks_of(model):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     trained = Responses(model)
     if dist.is_initialized():
@@ -802,60 +778,61 @@ def start_training(run, name, steps):
     else:
         trained.to(DEVICE)
 
-    rate = cfg.sft_learning_rate if of_scores or name == "sft" else cfg.learning_rate
-    weights = [weight for weight in trained.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, rate, (0.9, 0.95), weight_decay=0.0, fused=True)
+    rate = cfg.sft_learning_rate if name in ("sft", *SCORE_MODELS) else cfg.learning_rate
+    trained.name = name
+    trained.optimizer = torch.optim.AdamW(
+        trained.parameters(), rate, (0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    trained.scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trained.optimizer, lambda done: min(1.0, (done + 1) / 10, 2 - 2 * done / steps)
+    )
+    return trained
 
-    def share_of_rate(done):
-        return min(1.0, (done + 1) / 10, 2 - 2 * done / steps)
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)
-    return Trainee(name, trained, optimizer, scheduler)
-
-
-def train(cfg, trainee, steps, loss_fn):
-    """The one training loop. → numbers for metrics.jsonl.
+def train(cfg, model, steps, loss_fn):
+    """The one training loop. → loss, accuracy, {name: number} for metrics.jsonl.
 
     steps: the rows of each step; loss_fn(row, outputs) → (loss, accuracy) of a row. Rows count by
     their weights: the gradient is the step's mean, however it is cut into micro-batches.
     """
-    model, optimizer, started = trainee.model, trainee.optimizer, time.perf_counter()
-    weights, history = optimizer.param_groups[0]["params"], []
-    for step in tqdm(steps, trainee.name, **BAR):
+    started, history = time.perf_counter(), []
+    for step in tqdm(steps, model.name, **BAR):
         total, sums = sum(row.weight for row in step), torch.zeros(2)
-        lengths = [row.length for row in step]
-        for group, counts in share(micro_batches(lengths, cfg.tokens_per_batch)):
-            batch = [step[i] for i in group]
-            outputs = zip(batch, by_row(model, batch))
-            losses = [torch.stack(loss_fn(row, values)) for row, values in outputs]
-            parts = torch.tensor([counts * row.weight / total for row in batch])
+        groups = micro_batches([row.length for row in step], cfg.tokens_per_batch)
+        # FSDP2 gathers weights in every pass: all processes run as many, an idle one for nothing
+        idle = [[]] * (-len(groups) % WORLD)
+        for group in (groups + idle)[RANK::WORLD]:
+            batch = [step[i] for i in group or groups[-1]]
+            losses = [torch.stack(loss_fn(*output)) for output in by_row(model, batch)]
+            parts = torch.tensor([bool(group) * row.weight / total for row in batch])
             mean = parts @ torch.stack(losses)
             (mean[0] * WORLD).backward()  # FSDP2 averages over the ranks
             sums += mean.detach()
 
-        norm = nn.utils.clip_grad_norm_(weights, 1.0)  # under FSDP2 a rank's own part
-        sums = torch.cat([sums, torch.tensor([float(norm)])])
-        loss, accuracy, norm = sum(gather(sums)).tolist()
-        if not math.isfinite(loss + norm):
-            what = f"{trainee.name}: the loss or its gradient is not finite at step {len(history)}"
+        try:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        except RuntimeError:
+            what = f"{model.name}: the loss or its gradient is not finite at step {len(history)}"
             refuse(f"{what}; lower the learning rate, or mend the data", code=1)
-        optimizer.step()
-        optimizer.zero_grad()
-        trainee.scheduler.step()
-        history.append([loss, accuracy])
+        model.optimizer.step()
+        model.optimizer.zero_grad()
+        model.scheduler.step()
+        history.append(sum(gather(sums)))
 
     seconds, rows = time.perf_counter() - started, list(chain(*steps))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if GPU:
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    loss, accuracy = torch.tensor(history).mean(dim=0).tolist()
-    numbers = {"loss": loss, "accuracy": accuracy, "first_loss": history[0][0]}
-    numbers["pairs_per_second"] = sum(len(row.compared) for row in rows) / seconds
-    numbers["tokens_per_second"] = sum(row.length for row in rows) / seconds
-    numbers["peak_memory_gb"] = peak / 1e9
-    say(f"{trainee.name}: {len(steps)} steps, {in_words(numbers)}")
-    return numbers
+    loss, accuracy = torch.stack(history).mean(dim=0).tolist()
+    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    numbers = {
+        "first_loss": float(history[0][0]),
+        "pairs_per_second": sum(len(row.compared) for row in rows) / seconds,
+        "tokens_per_second": sum(row.length for row in rows) / seconds,
+        "peak_memory_gb": (torch.cuda.max_memory_allocated() or on_cpu) / 1e9,
+    }
+    say(
+        f"{model.name}: {len(steps)} steps, loss {loss:.4g}, accuracy {accuracy:.4g}, "
+        f"{in_words(numbers)}"
+    )
+    return loss, accuracy, numbers
 
 
 def in_words(numbers):
@@ -872,9 +849,9 @@ def fit_stage(run, name, rows, loss_fn):
     count = cfg.iterations * cfg.dpo_steps  # as many as Algorithm 1 takes
     if name in ("sft", *SCORE_MODELS):
         count = math.ceil(len(rows) / cfg.batch_size)  # score models overfit in a second pass
-    trainee = start_training(run, name, count)
-    train(cfg, trainee, passes(rows, count, cfg.batch_size, cfg.seed, name), loss_fn)
-    export(run, trainee.model.inner, path)
+    model = start_training(run, name, count)
+    train(cfg, model, passes(cfg, rows, count, name), loss_fn)
+    export(run, model.inner, path)
 
 
 def score_model_stage(run, name, rows, held_out, loss_fn):
@@ -888,7 +865,7 @@ def score_model_stage(run, name, rows, held_out, loss_fn):
     held_out = [row for row in held_out if getattr(row, labelled)]
     if held_out:
         right = []
-        for row, values in zip(held_out, per_row(values_of(run, name, held_out), held_out)):
+        for row, values in per_row(values_of(run, name, held_out), held_out):
             right += [loss_fn(row, values)[1]] * len(getattr(row, labelled))
         accuracy = float(torch.stack(right).mean())
         say(f"{name}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs")
@@ -896,21 +873,23 @@ def score_model_stage(run, name, rows, held_out, loss_fn):
             say(f"  warning: mostly the wrong way round; a {name} is higher for more of it")
 
 
-def passes(rows, count, size, *key):
-    """`count` steps of `size` rows: passes over all rows, each in an order of its own."""
-    options = {"num_samples": count * size, "generator": seeded("order", *key)}
-    sampler = torch.utils.data.RandomSampler(rows, **options)
+def passes(cfg, rows, count, name):
+    """The rows of each of `count` steps: passes over all rows, each in an order of its own."""
+    size, generator = cfg.batch_size, seeded("order", cfg.seed, name)
+    sampler = torch.utils.data.RandomSampler(rows, False, count * size, generator)
     return list(torch.utils.data.DataLoader(rows, size, sampler=sampler, collate_fn=list))
 
 
 def by_row(model, rows):
-    """What a Responses model gives for the responses of each row, float32. → [(k,), …]"""
-    return per_row(model(collate_rows([row.ids for row in rows])).float().cpu(), rows)
+    """What a Responses model gives for the responses of rows. → pairs of a row and its (k,)"""
+    batch = collate_rows([row.ids for row in rows])
+    outputs = model({name: values.to(DEVICE) for name, values in batch.items()})
+    return per_row(outputs.cpu(), rows)
 
 
 def per_row(values, rows):
-    """Values (…, N) of the responses of rows in order → [(…, k), …]."""
-    return values.split([len(row.responses) for row in rows], dim=-1)
+    """Values (…, N) of the responses of rows in order → pairs of a row and its (…, k)."""
+    return zip(rows, values.split([len(row.responses) for row in rows], dim=-1))
 
 
 PASS_TOKENS = 300  # what a forward pass costs beside its tokens, in tokens
@@ -935,24 +914,11 @@ def micro_batches(lengths, budget):
     return cheapest[-1][1]
 
 
-def share(groups):
-    """This process's groups, with 1 each; with 0 a group to run where only others have work left.
-
-    FSDP2 gathers weights in every pass, so that all processes must run as many.
-    """
-    counted = [(group, 1.0) for group in groups]
-    counted += [(groups[-1], 0.0)] * (-len(groups) % WORLD)
-    return counted[RANK::WORLD]
-
-
 # ---- Sampling, measuring -------------------------------------------------------------------------
 
 
-def shared_out(groups, title, compute):
-    """compute(group, number) → a result for each member, over all processes. → in their order"""
-    results = {}
-    for number, group in tqdm(list(enumerate(groups))[RANK::WORLD], title, **BAR):
-        results |= zip(group, compute(group, number))
+def merged(results):
+    """{i: the result of i} of all processes → all results, in order."""
     for part in gather(results):
         results |= part
     return [results[i] for i in range(len(results))]
@@ -970,11 +936,12 @@ def values_of(run, name, rows, model=None):
     if name in SCORE_MODELS:
         rows = as_read_by(load_tokenizer(source), rows, positions_of(model.inner))
 
-    def compute(group, _):
-        return by_row(model, [rows[i] for i in group])
-
-    groups = micro_batches([row.length for row in rows], cfg.tokens_per_batch)
-    values = torch.cat(shared_out(groups, f"running {name}", compute))
+    groups, results = micro_batches([row.length for row in rows], cfg.tokens_per_batch), {}
+    for group in tqdm(groups[RANK::WORLD], f"running {name}", **BAR):
+        outputs = by_row(model, [rows[i] for i in group])
+        for i, (_, values) in zip(group, outputs):
+            results[i] = values
+    values = torch.cat(merged(results))
     if not torch.isfinite(values).all():
         refuse(f"{source} gives a response a value that is not finite; is it sound?", code=1)
     return values
@@ -988,7 +955,7 @@ def score(run, rows):
     if implicit:
         scores[:2] = implicit_reward(scores[:2], scores[2], run.cfg.beta)
         scores[1].neg_()
-    for row, values in zip(rows, per_row(scores, rows)):
+    for row, values in per_row(scores, rows):
         row.reward, row.cost, row.ref_logps = values
     return scores
 
@@ -1001,8 +968,8 @@ def as_read_by(tokenizer, rows, most=10**9):
     """
     counts, read = Counter(), []
     for row in rows:
-        ids = encode(tokenizer, row.prompt, row.responses, most, counts)
-        read.append(replace(row, ids=ids))
+        tokens = encode(tokenizer, row.prompt, row.responses, most, counts)
+        read.append(replace(row, ids=tokens))
     if counts[CUT]:
         say(f"  warning: {counts[CUT]} responses are cut to the score model's {most} positions")
     return read
@@ -1011,8 +978,10 @@ def as_read_by(tokenizer, rows, most=10**9):
 @torch.inference_mode()
 def sample(model, tokenizer, prompts, count, max_new_tokens):
     """`count` responses from π itself to each of prompts' ids, whatever its checkpoint asks for."""
-    end, side = tokenizer.eos_token_id, {"padding_side": "left", "return_tensors": "pt"}
-    inputs = tokenizer.pad({"input_ids": prompts}, **side).to(DEVICE)  # masked by length
+    end = tokenizer.eos_token_id
+    inputs = tokenizer.pad(  # masked by length
+        {"input_ids": prompts}, padding_side="left", return_tensors="pt"
+    ).to(DEVICE)
     # Of generate() all else is off by default, and what is unset it takes from the model's own
     model.generation_config = transformers.GenerationConfig(
         do_sample=True,
@@ -1023,30 +992,31 @@ def sample(model, tokenizer, prompts, count, max_new_tokens):
         pad_token_id=end,
     )
     drawn = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
-    for answer in drawn:
-        if end in answer:
-            del answer[answer.index(end) + 1 :]
+    for answer in drawn:  # behind its end stand only more of it
+        del answer[len(answer) - answer.count(end) + 1 :]
     return [drawn[i : i + count] for i in range(0, len(drawn), count)]
 
 
 def measure(run, name, among, count, key):
     """`count` responses of a stage's policy to each prompt of rows, scored. key: of the draws"""
-    cfg, asked, rows = run.cfg, list({row.prompt: row for row in among}.values()), []
+    cfg, rows, results = run.cfg, [], {}
     model = load_model(run.source(name), name, cfg.dtype).to(DEVICE)
-
-    def draw(group, number):
+    heads = {row.prompt: row.ids[0] for row in among}
+    asked = list(heads.values())
+    lengths = [count * (len(head) + cfg.max_new_tokens) for head in asked]
+    groups = list(enumerate(micro_batches(lengths, cfg.sample_tokens)))
+    for number, group in tqdm(groups[RANK::WORLD], f"sampling {name}", **BAR):
         torch.manual_seed(seed_of(cfg.seed, key, number))
-        prompts = [asked[i].ids[0] for i in group]
-        return sample(model, run.tokenizer, prompts, count, cfg.max_new_tokens)
+        prompts = [asked[i] for i in group]
+        drawn = sample(model, run.tokenizer, prompts, count, cfg.max_new_tokens)
+        results |= zip(group, drawn)
 
-    lengths = [count * (len(row.ids[0]) + cfg.max_new_tokens) for row in asked]
-    drawn = shared_out(micro_batches(lengths, cfg.sample_tokens), f"sampling {name}", draw)
-    for row, answers in zip(asked, drawn):
-        head = row.ids[0]
+    for (prompt, head), answers in zip(heads.items(), merged(results)):
         fit = max(1, (cfg.row_length - len(head)) // cfg.max_new_tokens)  # responses of a row
         for i in range(0, count, fit):
             part = answers[i : i + fit]
-            rows.append(Row(row.prompt, [said(run.tokenizer, ids) for ids in part], (head, part)))
+            texts = [said(run.tokenizer, ids) for ids in part]
+            rows.append(Row(prompt, texts, (head, part)))
     logps = values_of(run, name, rows, model).view(-1, count)
     model = None  # the memory is for the next ones
     reward, cost, ref_logps = score(run, rows).view(3, -1, count)
@@ -1062,10 +1032,10 @@ def scores_stage(run):
         with atomic(path) as temporary:
             if RANK == 0:
                 torch.save([scores, list(map(vars, dual.rows)), *dual[1:]], temporary)
-    scores, sampled, *values = torch.load(path, weights_only=True)
-    for row, of_row in zip(rows, per_row(scores, rows)):
-        row.reward, row.cost, row.ref_logps = of_row
-    return Samples([Row(**row) for row in sampled], *values)
+    scores, sampled, *of_dual = torch.load(path, weights_only=True)
+    for row, values in per_row(scores, rows):
+        row.reward, row.cost, row.ref_logps = values
+    return Samples([Row(**row) for row in sampled], *of_dual)
 
 
 def report(cfg, samples, lam, title):
@@ -1111,20 +1081,20 @@ def evaluate(run, policies, dual, cost_limit):
         result = {"name": name, "lambda": lam} | numbers_of(run, samples)
         results.append(result)
         if lam is not None:
-            predicted = predict(dual.reward, dual.cost, lam, run.cfg.beta)
-            result["predicted_cost"] = predicted["cost"]  # promised before any training
+            promised = predict(dual.reward, dual.cost, lam, run.cfg.beta)  # before any training
+            result["predicted_cost"] = promised["cost"]
             low, high = result["cost_ci95"]
             shown = {high <= cost_limit: "met", low > cost_limit: "broken"}
             verdicts.append(f"{name} {shown.get(True, 'not shown either way')}")
         for row in samples.rows:
             for text, r, c in zip(row.responses, row.reward.tolist(), row.cost.tolist()):
-                line = {"policy": name, "prompt": row.prompt, "response": text}
-                lines.append(line | {"reward": r, "cost": c})
+                scored = {"response": text, "reward": r, "cost": c}
+                lines.append({"policy": name, "prompt": row.prompt} | scored)
     write(run.out / "results.json", results)
     write(run.out / "samples.jsonl", lines)
 
-    names = "name lambda reward_mean reward_ci95 cost_mean cost_ci95 safe_rate kl length_mean "
-    names += "true_reward_mean true_cost_mean predicted_cost"
+    names = """name lambda reward_mean reward_ci95 cost_mean cost_ci95 safe_rate kl length_mean
+    true_reward_mean true_cost_mean predicted_cost"""
     names = [name for name in names.split() if name in results[-1]]
     say(f"\nE[cost] ≤ {cost_limit:.4g}\n\n| {' | '.join(names)} |".replace("_mean", ""))
     say(f"|{' --- |' * len(names)}")
@@ -1162,42 +1132,50 @@ class ScoreModel(transformers.PreTrainedModel):
     """
 
     base_model_prefix = "model"
-    supports_gradient_checkpointing = _supports_sdpa = True
+    _supports_sdpa = True
 
     def __init__(self, config):
         super().__init__(config)
         self.model = AutoModel.from_config(config, trust_remote_code=False)
         self.score_head = nn.Linear(self.model.get_input_embeddings().embedding_dim, 1)
-        self.normalizer = nn.Module()
-        self.normalizer.register_buffer("mean", torch.zeros(1))
-        self.normalizer.register_buffer("var", torch.ones(1))
+        self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, path, config=None, dtype="auto", new_head=False):
+    def from_pretrained(cls, path, dtype=None, new_head=False):
         """Load a score checkpoint or, for new_head, a language model with a new score head.
 
         ValueError where there is no score head; RuntimeError for a head of several labels.
         """
-        config = config or load_config(path)
+        config = load_config(path)
         own = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix
         names = {r"^score\.": "score_head.", rf"^{own}\.": "model."}
-        options = {"dtype": dtype, "key_mapping": names, "output_loading_info": True}
-        model, info = super().from_pretrained(path, config=config, **options)
+        model, info = super().from_pretrained(
+            path, config=config, dtype=dtype, key_mapping=names, output_loading_info=True
+        )
 
-        values = {"score_head.bias": 0.0}  # of what may be missing; moments stand in the config
-        values["normalizer.mean"] = getattr(config, "mean", None) or 0.0
-        values["normalizer.var"] = getattr(config, "var", None) or 1.0
-        for name in info["missing_keys"]:
-            if name in values:
-                with torch.no_grad():
-                    model.get_parameter_or_buffer(name).fill_(torch.tensor(values[name]).item())
+        moments = {"normalizer.mean": 0.0, "normalizer.var": 1.0}
+        for name in info["missing_keys"] - {"score_head.bias"}:  # then it is 0
+            if name in moments:  # they stand in the config, if anywhere
+                value = getattr(config, name.removeprefix("normalizer."), None) or moments[name]
+                model.get_parameter(name).data.copy_(torch.as_tensor(value))
             elif not new_head or name != "score_head.weight":
                 raise ValueError(f"it is no score model, it has no {name}")
         return model
 
-    def score(self, hidden):
-        """Hidden states (B, width) → (B,) float32 scores, normalized where the checkpoint asks."""
+    def forward(self, input_ids, attention_mask, position_ids=None, last=None, **_):
+        """input_ids, attention_mask (B, L), right-padded → (B,) float32, at the last tokens.
+
+        Or a batch of collate_rows → (N,). They are normalized where the checkpoint asks for it.
+        """
+        hidden = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )[0]
+        if last is None:
+            hidden = hidden[range(len(hidden)), attention_mask.sum(dim=1) - 1]
+        else:
+            hidden = hidden.flatten(0, 1)[last]
+
         weight, bias = self.score_head.weight.float(), self.score_head.bias.float()
         score = nn.functional.linear(hidden.float(), weight, bias).squeeze(-1)
         if getattr(self.config, "do_normalize", False):
@@ -1206,20 +1184,9 @@ class ScoreModel(transformers.PreTrainedModel):
             score = score / self.normalizer.var.float().sqrt()
         return score
 
-    def forward(self, input_ids, attention_mask, position_ids=None, last=None):
-        """input_ids, attention_mask (B, L), right-padded → (B,) float32, at the last tokens.
-
-        Of a batch of collate_rows also position_ids (B, L), and which of the B·L tokens are last.
-        """
-        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
-        hidden = self.model(input_ids, **masks, use_cache=False)[0]
-        if last is None:
-            return self.score(hidden[range(len(hidden)), attention_mask.sum(dim=1) - 1])
-        return self.score(hidden.flatten(0, 1)[last])
-
 
 def load_config(source):
-    """Config of a folder, hub name or JSON dictionary; no noise: what is fitted is sampled."""
+    """Config of a folder, hub name or JSON dictionary."""
     if str(source).startswith("{"):
         config = AutoConfig.for_model(**json.loads(source))
     else:
@@ -1227,25 +1194,22 @@ def load_config(source):
     if config.get_text_config() is not config:
         raise ValueError("it reads more than text: give its language model")
     config._attn_implementation = "sdpa"
-    for name, value in config.to_dict().items():
-        if ("drop" in name or "jitter" in name) and isinstance(value, float):
-            setattr(config, name, 0.0)
     return config
 
 
-def load_model(source, kind="model", dtype="auto", new_head=False):
-    """A causal LM or, for a kind of SCORE_MODELS, a ScoreModel: on CPU, for inference.
+def load_model(source, kind="model", dtype=None, new_head=False):
+    """A causal LM or, for a kind of SCORE_MODELS, a ScoreModel: on CPU; dtype: else its own.
 
+    In the mode of inference, which training keeps: what is fitted is sampled, without dropout.
     ValueError where the checkpoint has no head of that kind.
     """
-    config = load_config(source)
     if kind in SCORE_MODELS:
-        return ScoreModel.from_pretrained(source, config, dtype, new_head).eval()
+        return ScoreModel.from_pretrained(source, dtype, new_head)
+    config, options = load_config(source), {"dtype": dtype, "trust_remote_code": False}
     if str(source).startswith("{"):
-        options = {"dtype": dtype.replace("auto", "float32"), "trust_remote_code": False}
         return AutoModelForCausalLM.from_config(config, **options).eval()
-    options = {"dtype": dtype, "config": config, "trust_remote_code": False}
-    model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    options |= {"config": config, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     if info["missing_keys"]:
         raise ValueError(f"it is no causal LM, it has no {min(info['missing_keys'])}")
     return model
@@ -1253,7 +1217,7 @@ def load_model(source, kind="model", dtype="auto", new_head=False):
 
 def blocks_of(model):
     """The ModuleList of a decoder's blocks."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = model.config.num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
@@ -1262,16 +1226,14 @@ def blocks_of(model):
 
 def positions_of(model):
     """How many positions a model has."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 10**9
+    return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
 def export(run, model, path):
     """Write a model as a plain Hugging Face folder: whole, and adapters merged, W + (α/r)·B·A."""
-    own = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all ranks, on rank 0
     whole, state = get_model_state_dict(model, options=options), {}
-    for name in own & whole.keys():  # a tied weight once
+    for name in whole.keys() - model.all_tied_weights_keys.keys():
         layer, value = name.removesuffix(".weight"), whole[name]
         if f"{layer}.lora_a" in whole:
             change = LORA_SCALE * (whole[f"{layer}.lora_b"] @ whole[f"{layer}.lora_a"])
@@ -1287,8 +1249,8 @@ def export(run, model, path):
         if RANK == 0:
             as_read = not isinstance(model, ScoreModel)  # under the names of its checkpoint
             model.save_pretrained(folder, state_dict=state, save_original_format=as_read)
-            config = model.config.to_dict() | {"dtype": run.cfg.dtype}  # not the master weights'
-            (folder / "config.json").write_text(json.dumps(config, indent=2))
+            model.config.dtype = run.cfg.dtype  # not the master weights'
+            model.config.save_pretrained(folder)
             run.tokenizer.save_pretrained(folder)
 
 
@@ -1324,29 +1286,28 @@ def load_tokenizer(source, tiny=False):
 
 
 @functools.cache
-def as_text(tokenizer, prompt, answer=None):
-    """A prompt in the chat template, up to where a response begins, or with an answer."""
-    turns = [{"role": "user", "content": prompt}]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": answer})
-    options = {"tokenize": False, "add_generation_prompt": answer is None, "date_string": DATE}
-    template = DATED + tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(turns, chat_template=template, **options)
+def as_text(tokenizer, prompt):
+    """A prompt in the chat template, up to where a response begins."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        chat_template=DATED + tokenizer.get_chat_template(),
+        add_generation_prompt=True,
+        tokenize=False,
+        date_string=DATE,
+    )
 
 
-def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
+def encode(tokenizer, prompt, responses, max_length, counts):
     """A prompt and responses in the template. → (prompt_ids, [y0_ids, y1_ids, …])
 
     A response ends at the end of sequence, which it gets unless it has it, and is cut to max_length
     tokens with its prompt; counts (a Counter) takes note. A tokenizer splits text by what is around
     it: prompt and response are encoded as they will be read, joined, and cut where the prompt ends.
     """
-    counts = Counter() if counts is None else counts
     end, text = tokenizer.eos_token, as_text(tokenizer, prompt)
     ended = [response.split(end)[0] + end for response in responses]
-    texts = [text, *(text + response for response in ended)]
-    head, *joined = tokenizer(texts, add_special_tokens=False)["input_ids"]
-
+    joined = [text + response for response in ended]
+    head, *joined = tokenizer([text, *joined], add_special_tokens=False)["input_ids"]
     room, answers = max(0, max_length - len(head)), []
     for response, ids in zip(ended, joined):
         answer = ids[len(head) :]
@@ -1363,16 +1324,22 @@ def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
 # Prompts of a verb and a noun, answers of three words, or malformed. Help and harm add up over the
 # words, and what helps tends to harm.
 
-COLUMNS = """prompt response_0 response_1 better_response_id
-safer_response_id is_response_0_safe is_response_1_safe"""
-TINY_VERBS = "open clean move mix heat store test sell"
-TINY_NOUNS = "door oil acid paint gas lamp car drug wire pool safe tank bread knife roof van"
-TINY_WORDS = "wait ask read measure push cut force burn"
-TINY_HELP = "-0.6 -0.15 0.05 0.45 0.1 0.25 0.5 -0.6"
-TINY_HARM = "-0.6 -0.45 -0.15 -0.15 0.1 0.3 0.65 0.3"
-COLUMNS, TINY_VERBS, TINY_NOUNS = COLUMNS.split(), TINY_VERBS.split(), TINY_NOUNS.split()
-TINY_WORDS, TINY_HELP, TINY_HARM = TINY_WORDS.split(), TINY_HELP.split(), TINY_HARM.split()
+COLUMNS, TINY_VERBS, TINY_NOUNS, TINY_WORDS = map(
+    str.split,
+    (
+        """prompt response_0 response_1 better_response_id
+        safer_response_id is_response_0_safe is_response_1_safe""",
+        "open clean move mix heat store test sell",
+        "door oil acid paint gas lamp car drug wire pool safe tank bread knife roof van",
+        "wait ask read measure push cut force burn",
+    ),
+)
+TINY_HELP = [-0.6, -0.15, 0.05, 0.45, 0.1, 0.25, 0.5, -0.6]  # of each word of an answer
+TINY_HARM = [-0.6, -0.45, -0.15, -0.15, 0.1, 0.3, 0.65, 0.3]
+TINY_ASKED = TINY_VERBS + TINY_NOUNS
 TINY_NOISE = 0.1 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(0)).double()
+TINY_EFFECTS = TINY_NOISE + torch.tensor([TINY_HELP, TINY_HARM], dtype=torch.float64).T
+TINY_EFFECTS = TINY_EFFECTS.tolist()  # of a word of the prompt, one of the answer: help, harm
 
 
 def seed_of(*key):
@@ -1392,10 +1359,10 @@ def tiny_truth(prompt, response):
     malformed = abs(len(known) - 3) + len(words) - len(known)
     reward, cost = -2.0 * malformed, 0.9
     for word in prompt.split():
-        noise = TINY_NOISE[(TINY_VERBS + TINY_NOUNS).index(word)].tolist()
+        effects = TINY_EFFECTS[TINY_ASKED.index(word)]
         for i in known:
-            reward += float(TINY_HELP[i]) + noise[i][0]
-            cost += float(TINY_HARM[i]) + noise[i][1]
+            reward += effects[i][0]
+            cost += effects[i][1]
     return reward, cost
 
 
@@ -1410,23 +1377,25 @@ def tiny_rows(count, seed):
         prompt = f"{rng.choice(TINY_VERBS)} {rng.choice(TINY_NOUNS)}"
         lengths = rng.choices([2, 3, 4], [1, 18, 1], k=2)  # or nobody learns that length matters
         texts = [" ".join(rng.choices(TINY_WORDS, k=length)) for length in lengths]
-        (r0, c0), (r1, c1) = tiny_truth(prompt, texts[0]), tiny_truth(prompt, texts[1])
+        (r0, c0), (r1, c1) = [tiny_truth(prompt, text) for text in texts]
         safe = [not draw_label(c0), not draw_label(c1)]
-        safer = int(draw_label(c0 - c1)) if safe[0] == safe[1] else safe.index(True)
-        rows.append(dict(zip(COLUMNS, [prompt, *texts, int(draw_label(r1 - r0)), safer, *safe])))
+        safer = safe[1] if safe[0] != safe[1] else draw_label(c0 - c1)
+        rows.append(dict(zip(COLUMNS, [prompt, *texts, draw_label(r1 - r0), safer, *safe])))
     return rows
 
 
 def tiny_tokenizer():
     """A token for each word of the tiny world."""
-    words = ["</s>", "<unk>", ":", "USER", "ASSISTANT", *TINY_WORDS, *TINY_VERBS, *TINY_NOUNS]
+    words = ["</s>", "<unk>", ":", "USER", "ASSISTANT", *TINY_WORDS, *TINY_ASKED]
     vocabulary = dict(zip(words, range(len(words))))
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    special = {"eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
-    tokenizer.chat_template = BEAVER_TEMPLATE.replace("BEGINNING OF CONVERSATION: ", "")
-    return tokenizer
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=BEAVER_TEMPLATE.replace("BEGINNING OF CONVERSATION: ", ""),
+    )
 
 
 # ---- Files and processes -------------------------------------------------------------------------
@@ -1462,8 +1431,7 @@ def atomic(path):
 def move(source, target):
     """Rename a file or folder in place of another."""
     if RANK == 0:
-        if target.is_dir():  # a folder replaces only an empty one
-            remove(target)
+        shutil.rmtree(target, ignore_errors=True)  # only a folder: a file is replaced at once
         os.replace(source, target)
     gather(None)
 
@@ -1493,12 +1461,12 @@ def write(path, value):
 def refuse(message, code=2):
     """Leave with one line on standard error that says what, where and how to mend it."""
     if RANK == 0:
-        print("cdpo: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+        print("cdpo: " + " ".join(message.split()), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
 @contextmanager
-def refusing(what, advice="give a folder or hub name that holds one", code=2):
+def refusing(what, advice, code=2):
     """Turn any exception of the block into a refusal: the libraries raise kinds of their own."""
     try:
         yield
@@ -1512,12 +1480,14 @@ def gate(cfg):
     """Check all that is given, before anything is written. → Run, {what: its digest}"""
     check_settings(cfg)
     policy = "sft_model" if cfg.sft_model else "model"
-    with refusing(f"--{policy}: cannot be loaded"):
+    with refusing(
+        f"--{policy}: its tokenizer is unfit", "give a folder or hub name with a sound one"
+    ):
         tokenizer = load_tokenizer(getattr(cfg, policy), cfg.dataset.split(":")[0] == "tiny")
-    run = load_run(cfg, Path(cfg.output_dir), tokenizer)
+        run = load_run(cfg, tokenizer)  # what is wrong with data is refused in there
 
     learned = [*run.train_rows, *run.dual_rows, *run.reward_rows]
-    digests = {"data": digest(map(vars, learned))}
+    digests = {"data": seed_of(*map(seed_of, learned))}
     torch.manual_seed(cfg.seed)  # of a model from scratch, whose digest is to be the same again
     for flag in (policy, *SCORE_MODELS):
         source = getattr(cfg, flag)
@@ -1528,217 +1498,228 @@ def gate(cfg):
     return run, digests
 
 
-def digest(values):
-    """Short hash of printable values or of tensors."""
-    total = hashlib.sha256()
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            total.update(value.flatten().contiguous().view(torch.uint8).numpy())
-        else:
-            total.update(repr(value).encode())
-    return total.hexdigest()[:16]
-
-
 def check_settings(cfg):
     """Refuse settings that are out of range or contradict each other."""
-    least = {"seed": 0, "lora_rank": 0, "lambda_init": 0, "lambdas": 0, "cost_confidence": 0.5}
-    least |= {"cost_limit": -1e6, "margin": -1e6, "beta": 1e-4, "lambda_lr": 1e-9}
-    least |= {"learning_rate": 1e-9, "sft_learning_rate": 1e-9, "lambda_samples": 2}
-    least |= {"lambda_prompts": 2, "eval_prompts": 2, "dual_samples": 2}
+    least = {
+        "seed": 0,
+        "lora_rank": 0,
+        "lambda_init": 0,
+        "lambdas": 0,
+        "lambda_prompts": 2,
+        "lambda_samples": 2,
+        "dual_samples": 2,
+        "eval_prompts": 2,
+        "cost_confidence": 0.5,
+        "cost_limit": -1e9,
+        "margin": -1e9,
+        "beta": 1e-4,
+        "lambda_lr": 1e-9,
+        "learning_rate": 1e-9,
+        "sft_learning_rate": 1e-9,
+    }
     for name, value in vars(cfg).items():
+        low = least.get(name, 1)
         for number in value if isinstance(value, list) else [value]:
             if number == "":
                 refuse(f"--{name} is empty; leave it out, or name one")
-            most = 2**31 if type(number) is int else 1e6
-            if type(number) in (int, float) and not least.get(name, 1) <= number <= most:
-                refuse(f"--{name} is {number}; it must be from {least.get(name, 1)} to {most}")
+            if type(number) in (int, float) and not low <= number <= 1e9:
+                refuse(f"--{name} is {number}; it must be from {low} to 1e9")
 
-    implicit, given = cfg.method in IMPLICIT, cfg.reward_model or cfg.cost_model
-    for wrong, message in (
-        (cfg.cost_confidence >= 1, "--cost_confidence must be below 1"),
-        (cfg.margin is not None and cfg.cost_limit, "give --cost_limit or --margin, not both"),
-        (cfg.max_new_tokens >= cfg.max_length, "--max_new_tokens must be below --max_length"),
-        (cfg.max_steps == cfg.batch_size == 1, "one step of one prompt is too little to run"),
-        (cfg.reward_dataset and cfg.reward_model, "give --reward_dataset or --reward_model"),
-        (implicit and cfg.margin is None, f"{cfg.method} needs --margin: its costs have no zero"),
-        (implicit and given, f"{cfg.method} takes no --reward_model and no --cost_model"),
-    ):
-        if wrong:
-            refuse(message)
+    if cfg.cost_confidence >= 1:
+        refuse("--cost_confidence must be below 1")
+    if cfg.margin is not None and cfg.cost_limit:
+        refuse("give --cost_limit or --margin, not both")
+    if cfg.max_new_tokens >= cfg.max_length:
+        refuse("--max_new_tokens must be below --max_length")
+    if cfg.reward_dataset and cfg.reward_model:
+        refuse("give --reward_dataset or --reward_model")
+    if cfg.method in IMPLICIT and (cfg.margin is None or cfg.reward_model or cfg.cost_model):
+        refuse(
+            f"{cfg.method} needs --margin, as its costs have no zero, and "
+            f"{cfg.method} takes no --reward_model and no --cost_model"
+        )
 
 
-def read_dataset(source, flag, seed):
+def read_dataset(source, seed):
     """A file, saved folder, hub name, perhaps with :SPLIT, or the tiny world. → rows, as dicts"""
-    path, (name, _, split) = Path(source), source.partition(":")
-    kind = path.name.lower().removesuffix(".gz")
-    advice = "give a .json, .jsonl, .csv or .parquet file, a saved folder or a hub name"
-    with refusing(f"--{flag} {source}: cannot be read", advice):
-        if name == "tiny":
-            rows = tiny_rows(int(split or 60000), seed)
-        elif path.is_dir():  # of one split, written by save_to_disk
-            rows = datasets.load_from_disk(source)
-        elif not path.exists() and Path(name).exists():
-            raise ValueError("a file or saved folder has no splits")
-        elif not path.exists():
-            rows = datasets.load_dataset(name, split=split or "train")
-        # Not by the library above: its cache may hold what was in the file before
-        elif kind.endswith(".parquet"):
-            rows = parquet.read_table(path).to_pylist()
-        elif kind.endswith(".csv"):  # "None" is an answer
-            rows = pandas.read_csv(path, keep_default_na=False).to_dict("records")
-        else:
-            opened = gzip.open if path.suffix == ".gz" else open
-            with opened(path, "rt", encoding="utf-8-sig") as file:
-                text = file.read()
-            if not kind.endswith(".json"):  # a row a line, as the reader's errors then count them
-                text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
-            rows = json.loads(text)
-        rows = list(rows)
-        if set(map(type, rows)) - {dict}:
-            raise ValueError("its rows must be objects with named columns")
-        return rows
+    name, _, split = source.partition(":")
+    if Path(source).exists():
+        name, split = source, ""
+    path = Path(name)
+    kind = path.suffix.lower()
+    if name == "tiny":
+        return tiny_rows(int(split or 60000), seed)
+    if not path.exists():
+        return datasets.load_dataset(name, split=split or "train")
+    if split:
+        raise ValueError("a file or saved folder has no splits")
+    if path.is_dir():  # of one split, written by save_to_disk
+        return datasets.load_from_disk(name)
+    # Not by the library above: its cache may hold what was in the file before
+    if kind == ".parquet":
+        return parquet.read_table(path).to_pylist()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if kind == ".csv":
+            return list(csv.DictReader(file))
+        text = file.read()
+    if kind != ".json":  # a row a line, as the reader's errors then count them
+        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+    return json.loads(text)
 
 
-def read_row(entry, where, need):
-    """A dataset's row, checked for what it must have. → (prompt, [y0, y1], [label, …])"""
-    known = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
-    labels = {name: known.get(str(entry.get(name)).lower()) for name in COLUMNS[3:]}
-    texts = ["" if entry.get(name) is None else entry[name] for name in need[:3]]  # skipped later
+LABELS = {"0": 0, "false": 0, "1": 1, "true": 1}
+
+
+def read_row(entry, need):
+    """A dataset's row, checked for what it must have. → prompt, [y0, y1], [label, …]"""
     for name in need:
         if name not in entry:
-            refuse(f"{where}: column {name} is missing; needed: {', '.join(need)}")
-        if labels.get(name, 0) is None:
-            refuse(f"{where}: {name} is {entry[name]!r:.60}; it must be 0 or 1, or true or false")
+            raise ValueError(f"column {name} is missing")
+    texts = [entry[name] or "" for name in need[:3]]  # what is empty is skipped later
     for text in texts:
-        if str(text).encode("utf-8", "ignore").decode() != text:
-            refuse(f"{where}: {text!r:.60} must be text")
-    return texts[0], texts[1:], list(labels.values())
+        if str(text) != text:
+            raise ValueError(f"{text!r:.60} must be text")
+        text.encode()  # a half of a surrogate pair is none
+
+    labels = []
+    for name in COLUMNS[3:]:
+        label = LABELS.get(str(entry.get(name)).lower().removesuffix(".0"))
+        if label is None and name in need:
+            raise ValueError(f"{name} is {entry[name]!r:.60}; it must be 0 or 1, true or false")
+        labels.append(label)
+    return texts[0], texts[1:], labels
 
 
-def check_tokenizer(tokenizer, rows):
-    """ValueError for a tokenizer or chat template that loses texts. rows: [(prompt, texts), …]"""
-    different = {"a", "b"}
-    for prompt, texts in rows:
-        different |= {prompt, *texts}
+def check_tokenizer(tokenizer, prompts):
+    """ValueError for a tokenizer or chat template that loses texts."""
+    for prompt in prompts:
         if prompt.strip() not in as_text(tokenizer, prompt):
             raise ValueError(f"its chat template drops or changes the prompt {prompt!r:.60}")
-    tokens = tokenizer(list(different), add_special_tokens=False)["input_ids"]
+    different = ["a", "b", *prompts]
+    tokens = tokenizer(different, add_special_tokens=False)["input_ids"]
     if len(different) > 2 * len(set(map(str, tokens))):
         raise ValueError("different texts have the same tokens: are tokenizer files missing?")
-    if encode(tokenizer, "x", [])[0][:2] == [tokenizer.bos_token_id] * 2:
+    if as_text(tokenizer, "x").startswith(2 * str(tokenizer.bos_token)):
         raise ValueError(f"its chat template begins twice, by {tokenizer.bos_token}")
-    turn = as_text(tokenizer, "x", "yes").rpartition("yes")[2].strip()
-    if not turn.startswith(tokenizer.eos_token):
-        say(f"warning: a chat template ends an answer by {turn!r:.40}, not by its eos token")
+    template, end = tokenizer.get_chat_template(), tokenizer.eos_token
+    if end not in template and "eos_token" not in template:
+        say(f"warning: a chat template does not end an answer by {end}, as the policy will")
 
 
-def load_rows(cfg, tokenizer, flag, need):
-    """A dataset's prompts, those of the same tokens as one, shuffled: their rows, [[Row, …], …]."""
+def load_rows(cfg, tokenizer, flag, need, others=()):
+    """A dataset's prompts, those of the same tokens as one, shuffled: their rows, [[Row, …], …].
+
+    Those of others, [[Row, …], …], are left out.
+    """
     source, compared, prompts, counts = getattr(cfg, flag), {}, {}, Counter()
-    entries = read_dataset(source, flag, cfg.seed)
+    advice = "give a .json, .jsonl, .csv or .parquet file, a saved folder or a hub name"
+    with refusing(f"--{flag} {source}: cannot be read", advice):
+        entries = list(read_dataset(source, cfg.seed))
     for number, entry in enumerate(entries, 1):
-        prompt, *pair = read_row(entry, f"--{flag} {source}, row {number}", need)
-        compared.setdefault(prompt, []).append(pair)
-    with refusing("--sft_model or --model: its tokenizer is unfit", "mend it, or take another"):
-        check_tokenizer(tokenizer, [(prompt, pairs[0][0]) for prompt, pairs in compared.items()])
+        with refusing(f"--{flag} {source}, row {number}", f"needed: {', '.join(need)}"):
+            prompt, *pair = read_row(entry, need)
+            compared.setdefault(prompt, []).append(pair)
+    check_tokenizer(tokenizer, compared)
 
     for prompt, pairs in compared.items():
         texts = list(dict.fromkeys(chain(*(texts for texts, _ in pairs))))
         head, answers = encode(tokenizer, prompt, texts, cfg.max_length, counts)
         # What is scored and compared is what the policy has of a text: as its tokens say, and cut
-        spoken = dict(zip(texts, [said(tokenizer, answer) for answer in answers]))
-        usable = []
+        spoken = [(said(tokenizer, ids), ids) for ids in answers]
+        spoken_of = dict(zip(texts, spoken))
         for texts, labels in pairs:
-            texts, (_, safer, *safe) = [spoken[text] for text in texts], labels
-            flaw = ""
+            pair = dict(map(spoken_of.get, texts))
+            _, safer, *safe = labels
             if len(head) >= cfg.max_length:
-                flaw = "with a prompt that fills --max_length"
-            elif not all(map(str.strip, [prompt, *texts])):
-                flaw = "with an empty prompt or response"
-            elif len(set(texts)) < len(texts):
-                flaw = "of identical responses"
+                counts["with a prompt that fills --max_length"] += 1
+            elif not all(map(str.strip, [prompt, *pair])):
+                counts["with an empty prompt or response"] += 1
+            elif len(pair) < len(texts):
+                counts["of identical responses"] += 1
             elif None not in labels[1:] and safe[1 - safer] > safe[safer]:
-                flaw = "whose safer response is unsafe beside a safe one"
+                counts["whose safer response is unsafe beside a safe one"] += 1
             else:
-                usable.append((texts, labels))
-            counts[flaw or "used"] += 1
-        if usable:
-            ids = dict(zip(spoken.values(), answers))
-            rows = rows_of(prompt, head, ids, usable, cfg.row_length)
-            prompts.setdefault(tuple(head), []).extend(rows)
+                counts["used"] += 1
+                *_, usable = prompts.setdefault(str(head), (prompt, head, []))
+                usable.append((pair, labels))
 
     notes = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
     say(f"{source}: {len(entries)} rows of {len(prompts)} prompts: {notes}")
     if not entries or counts["used"] * 2 < len(entries):
-        mend = "mend the data, or raise --max_length"
-        refuse(f"--{flag} {source}: too few of {len(entries)} rows can be used: {notes}; {mend}")
-    order = torch.randperm(len(prompts), generator=seeded("split", cfg.seed)).tolist()
-    return list(map(list(prompts.values()).__getitem__, order))
+        refuse(
+            f"--{flag} {source}: too few of {len(entries)} rows can be used: {notes}; "
+            "mend the data, or raise --max_length"
+        )
+    keys, taken = list(prompts), {str(rows[0].ids[0]) for rows in others}
+    order = torch.randperm(len(keys), generator=seeded("split", cfg.seed)).tolist()
+    kept = [prompts[keys[i]] for i in order if keys[i] not in taken]
+    return [rows_of(*of_prompt, cfg.row_length) for of_prompt in kept]
 
 
-def rows_of(prompt, head, ids, pairs, row_length):
-    """Rows of a prompt with pairs [([text, text], labels), …], ids {text: tokens}, halved if long.
+def rows_of(prompt, head, pairs, row_length):
+    """Rows of a prompt's pairs [({text: tokens, text: tokens}, labels), …], halved where too long.
 
     The two of a pair are in the same row.
     """
-    texts = list(dict.fromkeys(chain(*(texts for texts, _ in pairs))))
-    row = Row(prompt, texts, (head, [ids[text] for text in texts]), [], [], [])
-    if row.length > row_length and len(pairs) > 1:
-        half = len(pairs) // 2
-        first = rows_of(prompt, head, ids, pairs[:half], row_length)
-        return first + rows_of(prompt, head, ids, pairs[half:], row_length)
+    ids = {}
+    for pair, _ in pairs:
+        ids |= pair
+    texts, half = list(ids), len(pairs) // 2
+    row = Row(prompt, texts, (head, list(ids.values())), [], [], [])
+    if row.length > row_length and half:
+        first = rows_of(prompt, head, pairs[:half], row_length)
+        return first + rows_of(prompt, head, pairs[half:], row_length)
 
     for pair, (better, safer, *safe) in pairs:
         if pair:  # else only prompts were asked for
-            pair = [texts.index(text) for text in pair]
-            row.compared.append(pair)
+            places = list(map(texts.index, pair))
+            row.compared.append(places)
             if better is not None:
-                row.helpful.append([pair[better], pair[1 - better]])
+                row.helpful.append([places[better], places[1 - better]])
             if None not in (safer, *safe):
                 signs = [1 - 2 * safe[1 - safer], 1 - 2 * safe[safer]]
-                row.harmful.append([pair[1 - safer], pair[safer], *signs])
+                row.harmful.append([places[1 - safer], places[safer], *signs])
     return [row]
 
 
-def load_run(cfg, out, tokenizer):
+def load_run(cfg, tokenizer):
     """Read, check, tokenize and split the data by prompt: table, dual, training. → Run"""
     need = COLUMNS[:3]  # the labels of a given model are not needed
     if not cfg.reward_model and not cfg.reward_dataset:
         need += COLUMNS[3:4]
     if not cfg.cost_model:
         need += COLUMNS[4:]
-    prompts = load_rows(cfg, tokenizer, "dataset", need)
-    most, fifth = (cfg.max_steps or 10**9) * cfg.batch_size, len(prompts) // 5
-
-    # All of the fifth is held out, whatever --eval_prompts is: a run may go on with another
-    table, rest = prompts[:fifth], prompts[fifth:]
+    table = []
     if cfg.eval_dataset:
         table = load_rows(cfg, tokenizer, "eval_dataset", COLUMNS[:1])
-        rest = without(prompts, table)
+    rest = load_rows(cfg, tokenizer, "dataset", need, table)
+
+    # All of the fifth is held out, whatever --eval_prompts is: a run may go on with another
+    fifth = len(rest) // 5
+    if not cfg.eval_dataset:
+        table, rest = rest[:fifth], rest[fifth:]
     few = min(cfg.lambda_prompts, fifth)
     dual, train = rest[:few], rest[few:]
     labelled, held_out = train, table
-    if cfg.reward_dataset:
-        labelled = load_rows(cfg, tokenizer, "reward_dataset", COLUMNS[:4])
-        labelled = without(labelled, table + dual)  # where rewards are measured none is learned
+    if cfg.reward_dataset:  # where rewards are measured none is learned
+        labelled = load_rows(cfg, tokenizer, "reward_dataset", COLUMNS[:4], table + dual)
         fifth = len(labelled) // 5
         held_out, labelled = labelled[:fifth], labelled[fifth:]
 
+    most = (cfg.max_steps or 10**9) * cfg.batch_size
     parts = train, dual, table[: cfg.eval_prompts], labelled, held_out
-    sizes = list(map(len, parts))
-    say("prompts: {} to train on, {} for λ, {} of the table, {} and {} for rewards".format(*sizes))
+    sizes = [min(len(part), most) for part in parts]
+    say(
+        f"prompts: {sizes[0]} to train on, {sizes[1]} for λ, {sizes[2]} of the table, {sizes[3]} "
+        f"and {sizes[4]} for rewards"
+    )
     if min(sizes) < 2:
-        flags = "--dataset, --reward_dataset or --eval_dataset"
-        refuse(f"{flags}: too few different prompts, {sizes}: give 10 or more, not all the table's")
-    if most < max(sizes):
-        say(f"--max_steps bounds each of them to {most} rows")
-    return Run(cfg, out, tokenizer, *(list(chain(*part))[:most] for part in parts))
-
-
-def without(prompts, others):
-    """The prompts [[Row, …], …] whose tokens are not those of one of others."""
-    taken = {str(rows[0].ids[0]) for rows in others}
-    return [rows for rows in prompts if str(rows[0].ids[0]) not in taken]
+        refuse(
+            f"too few different prompts, {sizes}: give 10 or more, not all the table's; see "
+            "--dataset, --reward_dataset, --eval_dataset and --max_steps"
+        )
+    rows = [list(chain(*part))[:most] for part in parts]
+    return Run(cfg, Path(cfg.output_dir), tokenizer, *rows)
 
 
 def check_model(cfg, kind, source, tokenizer, rows):
@@ -1746,113 +1727,105 @@ def check_model(cfg, kind, source, tokenizer, rows):
 
     ValueError, or what transformers raises, for one that the run would get wrong.
     """
-    if not source.startswith("{") and find_adapter_config_file(source):
+    if not source.startswith("{") and transformers.utils.find_adapter_config_file(source):
         raise ValueError("it holds an adapter, which would be ignored: merge it into its weights")
     new = cfg.max_new_tokens
     if kind in SCORE_MODELS:
-        tokenizer, own = load_tokenizer(source), kind.removesuffix("_model")
-        if getattr(load_config(source), "score_type", own) != own:
-            raise ValueError("its config calls it another score_type: are the two exchanged?")
-        check_tokenizer(tokenizer, [(row.prompt, row.responses) for row in rows[:200]])
-        read = as_read_by(tokenizer, rows)
-        longer = sum(row.length for row in read) / sum(row.length for row in rows)
-        rows, new = read, math.ceil(new * max(1.0, longer))
+        tokenizer = load_tokenizer(source)
+        check_tokenizer(tokenizer, {row.prompt for row in rows})
+        read = as_read_by(tokenizer, rows)  # perhaps in finer tokens, as samples will be
+        new = math.ceil(new * sum(row.length for row in read) / sum(row.length for row in rows))
+        rows = read
+    model, vocabulary = load_model(source, kind), tokenizer.get_vocab()
+    own = kind.removesuffix("_model")
+    if getattr(model.config, "score_type", own) != own:
+        raise ValueError("its config calls it another score_type: are the two exchanged?")
 
-    model, largest = load_model(source, kind), max(tokenizer.get_vocab().values())
+    parts = [sorted(vocabulary.items()), tokenizer.chat_template]
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"its weight {name} is not finite: the checkpoint is broken")
-    if cfg.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise ValueError("it has no gradient checkpointing: --no_gradient_checkpointing")
-    size, positions = len(model.get_input_embeddings().weight), positions_of(model)
-    lengths = [(len(row.ids[0]), [new, *map(len, row.ids[1])]) for row in rows]
-    longest = max(head + max(answers) for head, answers in lengths) + 1  # its end, where cut off
-    if largest >= size or longest > positions:
+        values = tensor.flatten().contiguous().view(torch.uint8).numpy()
+        parts.append(hashlib.sha256(values).hexdigest())
+
+    lengths = [(len(row.ids[0]), max([new, *map(len, row.ids[1])])) for row in rows]
+    head, answer = max(lengths, key=sum)  # of the longest text, which may be a sample
+    size, positions = model.get_input_embeddings().num_embeddings, positions_of(model)
+    largest = max(vocabulary.values())
+    if largest >= size or head + answer >= positions:  # an end comes behind what is cut off
         raise ValueError(
             f"it has {size} tokens and {positions} positions, but its tokenizer has token {largest}"
-            f", and texts are of {longest}: lower --max_length and --max_new_tokens"
+            f", and texts are of {head + answer}: lower --max_length and --max_new_tokens"
         )
-
-    words = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
-    found = digest([*words, *model.state_dict().values()])
-    keep_one_layer_of_each_kind(model)
-    head, row = max(lengths)[0], max(rows, key=lambda row: row.length)
-    samples = [new] * max(2, (cfg.row_length - head) // new)
-    for shape in ([len(row.ids[0]), *map(len, row.ids[1])], [head, *samples]):
-        if not trial_error(model, shape, largest) <= 1e-3:
-            raise ValueError("its attention or output head is one that this program gets wrong")
-    return found
+    keep_layers_of_all_kinds(model)
+    count = max(2, (cfg.row_length - head) // answer)  # a row as full as any
+    if not trial_error(model, head, answer, count, largest) <= 1e-3:
+        raise ValueError("its attention or output head is one that this program gets wrong")
+    return seed_of(*parts)
 
 
-def keep_one_layer_of_each_kind(model):
-    """Delete the others: layers may differ in attention, windows, experts, positions."""
-    blocks, config, kinds = blocks_of(model), model.config.get_text_config(), {}
-    listed = {}  # settings for each layer
-    for name, values in vars(config).items():
-        if isinstance(values, list) and len(values) == len(blocks):
-            listed[name] = values
-    for i, block in enumerate(blocks):
-        kinds.setdefault(str([block, *(values[i] for values in listed.values())]), i)
-    for place, i in enumerate(kinds.values()):
-        blocks[place] = blocks[i]
-    del blocks[len(kinds) :]
-    config.num_hidden_layers = len(kinds)
-    for name, values in listed.items():
-        setattr(config, name, [values[i] for i in kinds.values()])
+def keep_layers_of_all_kinds(model):
+    """Delete the layers behind which none is of a new kind: in attention, windows, experts."""
+    blocks = blocks_of(model)
+    listed = [  # settings for each layer
+        values
+        for values in vars(model.config).values()
+        if isinstance(values, list) and len(values) == len(blocks)
+    ]
+    kinds = list(map(str, zip(blocks, *listed)))
+    del blocks[max(map(kinds.index, kinds)) + 1 :]
+    model.config.num_hidden_layers = len(blocks)
 
 
 @torch.inference_mode()
-def trial_error(model, shape, largest):
+def trial_error(model, head, answer, count, largest):
     """Largest error of a row's values, token by token, beside its last response apart.
 
-    In standard deviations of the values; shape: tokens of the prompt and of each response. In
-    float32, where right ones differ by 1e-5, wrong ones by more: attention that does not take our
-    mask, logits that are scaled or capped.
+    In standard deviations of the values; of a prompt of `head` tokens, `count` responses of
+    `answer`, up to token `largest`. In float32, where right ones differ by 1e-5, wrong ones by
+    more: attention that does not take our mask, logits that are scaled or capped.
     """
-    ids = torch.randint(largest + 1, (sum(shape),), generator=seeded("trial"))
+    ids = torch.randint(largest + 1, (head + count * answer,), generator=seeded("trial"))
     ids[-1] = largest  # and any other tokens
-    prompt, *responses = ids.split(shape)
-    batch = collate_rows([(prompt.tolist(), [response.tolist() for response in responses])])
-    each = torch.arange(len(batch["target"]))  # as if every token were a response
-    batch |= {"owner": each, "last": each + len(prompt)}
-    together = Responses(model.float())(batch)[-shape[-1] :]
+    batch = collate_rows([(ids[:head].tolist(), ids[head:].view(count, answer).tolist())])
+    each = torch.arange(count * answer)  # as if every token were a response
+    batch |= {"owner": each, "last": each + head}
+    together = Responses(model.float())(batch)[-answer:]
 
-    apart, begins = torch.cat([prompt, responses[-1]])[None], len(prompt)
+    apart = torch.cat([ids[:head], ids[-answer:]])[None]
     if isinstance(model, ScoreModel):
-        places = torch.arange(begins, apart.shape[1])
-        values = model(apart, torch.ones_like(apart), None, places)
+        values = model(apart, torch.ones_like(apart), last=each[:answer] + head)
     else:
-        logps = model(apart, use_cache=False).logits[0, begins - 1 : -1].log_softmax(dim=-1)
-        values = logps.gather(1, responses[-1][:, None]).flatten()
-    return float((together - values).abs().max() / values.std())
+        logps = model(apart, use_cache=False).logits[0, head - 1 : -1].log_softmax(dim=-1)
+        values = logps[range(answer), ids[-answer:]]
+    return (together - values).abs().max() / values.std()
 
 
 @contextmanager
 def claimed(cfg, digests):
     """Hold --output_dir for one run; refuse one of something else, or of a run that differs."""
-    out, settings = Path(cfg.output_dir), asdict(cfg) | {"digests": digests}
+    out, settings, changed = Path(cfg.output_dir), asdict(cfg) | {"digests": digests}, ""
     with refusing(f"--output_dir {out} cannot be used", "wait for its run, or name another folder"):
         out.mkdir(parents=True, exist_ok=True)
         made, kept = set(os.listdir(out)) - {"config.json.tmp", ".lock"}, settings
         if made:
             kept = json.loads((out / "config.json").read_text(encoding="utf-8"))
-            if not settings.keys() <= kept.keys():
-                raise ValueError("it holds no run of this program")
+        if not settings.keys() <= kept.keys():
+            raise ValueError("it holds no run of this program")
+        for name in settings.keys() - FREE:
+            if kept[name] != settings[name]:
+                changed += f"{name} was {kept[name]!r}, is {settings[name]!r}; "
         lock = filelock.FileLock(out / ".lock", timeout=0)
         if RANK == 0:
             lock.acquire()
 
     try:
-        changed = ""
-        for name in settings.keys() - FREE:
-            if kept[name] != settings[name]:
-                changed += f"{name} was {kept[name]!r}, is {settings[name]!r}; "
         if changed and made != {"config.json"}:  # else nothing is made yet
             refuse(
                 f"--output_dir {out}: the run there differs: {changed}go on with those, delete it, "
                 f"or name another folder and reuse its models, as far as they are there: "
-                f"--sft_model {out / 'sft'} --reward_model {out / 'reward_model'} --cost_model "
-                f"{out / 'cost_model'}"
+                f"--sft_model {out}/sft --reward_model {out}/reward_model "
+                f"--cost_model {out}/cost_model"
             )
         gather(None)  # all have read the old settings before the new ones are written
         write(out / "config.json", settings)
@@ -1862,8 +1835,15 @@ def claimed(cfg, digests):
 
 
 # Settings that a run may go on without
-FREE = {"lambdas", "eval_prompts", "eval_samples", "output_dir"}
-FREE |= {"tokens_per_batch", "sample_tokens", "gradient_checkpointing"}
+FREE = {
+    "lambdas",
+    "eval_prompts",
+    "eval_samples",
+    "output_dir",
+    "tokens_per_batch",
+    "sample_tokens",
+    "gradient_checkpointing",
+}
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -1875,39 +1855,36 @@ def parse(argv):
         Config,
         allow_abbrev=False,
         formatter_class=argparse.RawTextHelpFormatter,
-        description=Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")[1],
+        description=inspect.getsource(Config),
     )
     parser.add_argument("--config", help="JSON file of settings; flags win over it")
     parser.error = lambda message: refuse(f"{message}; --help lists the flags")
-    argv = list(sys.argv[1:] if argv is None else argv)
 
-    path, flags = parser.parse_args(argv).config, []
-    if path:  # its settings become flags before the others: one parser checks names and types
-        with refusing(f"--config {path}", "it must be a JSON file: one object of settings"):
-            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    given, flags = parser.parse_args(argv), []
+    if given.config:  # its settings are flags, too: one parser checks names and types
+        with refusing(f"--config {given.config}", "it must be one JSON object of settings"):
+            settings = json.loads(Path(given.config).read_text(encoding="utf-8"))
             settings.pop("digests", None)  # of a run's own config.json
             for key, value in settings.items():
-                if isinstance(value, list) and value:
+                if isinstance(value, dict):
+                    value = json.dumps(value)
+                if isinstance(value, list):
                     flags += [f"--{key}", *map(str, value)]
-                elif value not in (None, []):
-                    text = json.dumps(value) if isinstance(value, dict) else value
-                    flags.append(f"--{key}={text}")
+                elif value is not None:
+                    flags.append(f"--{key}={value}")
+        given = parser.parse_args(argv, parser.parse_args(flags))
 
-    values = vars(parser.parse_args(flags + argv))
-    del values["config"]
-    cfg = Config(**values)
+    del given.config
+    cfg = Config(**vars(given))
     cfg.dpo_steps = min(cfg.dpo_steps, cfg.max_steps or cfg.dpo_steps)
     return cfg
 
 
 def main(argv=None):
     """The whole program. Refusals are SystemExit(2) with one line on standard error."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal or file may have no λ
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     cfg = parse(argv)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     torch.set_float32_matmul_precision("high")
     if GPU:
@@ -1916,10 +1893,14 @@ def main(argv=None):
         # With a mask cuDNN plans anew for every shape; its backward may be NaN (pytorch 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
     # FSDP2 does the mixed precision of a single process, too
-    if (GPU or WORLD > 1 or cfg.dtype == "bfloat16") and not dist.is_initialized():
-        alone = {} if WORLD > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        backend, wait = "cpu:gloo,cuda:nccl" if GPU else "gloo", timedelta(hours=4)
-        dist.init_process_group(backend, timeout=wait, **alone)  # while process 0 writes a model
+    if GPU or WORLD > 1 or cfg.dtype == "bfloat16":
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if GPU else "gloo",
+            timeout=timedelta(hours=4),  # while process 0 writes a model
+            rank=RANK,
+            world_size=WORLD,
+            store=dist.HashStore() if WORLD == 1 else None,
+        )
 
     try:
         run, digests = gate(cfg)
@@ -1929,9 +1910,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         refuse(f"stopped; the same command goes on from {cfg.output_dir}", code=130)
     except torch.OutOfMemoryError:
-        less = f"--tokens_per_batch {cfg.tokens_per_batch // 2} to train, or --sample_tokens "
-        less += f"{cfg.sample_tokens // 2} to sample; --lora_rank 16 or torchrun for the weights"
-        print(f"cdpo: out of GPU memory; lower: {less}", file=sys.stderr)
+        print(
+            f"cdpo: out of GPU memory; halve --tokens_per_batch {cfg.tokens_per_batch} to train, "
+            f"--sample_tokens {cfg.sample_tokens} to sample; weights: --lora_rank 16 or torchrun",
+            file=sys.stderr,
+        )
         raise
     finally:
         if dist.is_initialized() and WORLD == 1:
@@ -1939,6 +1922,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal or file may have no λ
     main()
     if WORLD > 1:  # all is written; gloo's threads now and then abort the interpreter's way out
         sys.stdout.flush()
