@@ -12,10 +12,11 @@ cost; move λ up if the cost is over the limit and down if it is under; repeat. 
     python cdpo.py --model meta-llama/Llama-2-7b-hf            # one GPU, LoRA
     torchrun --nproc_per_node 8 cdpo.py --lora_rank 0          # every weight, FSDP2 over 8 GPUs
 
-A run (all_stages, the first of Part II): SFT gives π_ref (fit_stage); (3) and (5) give r and c; the
-responses of the training rows get r, c and log π_ref, once (scores_stage); samples of π_ref on λ's
-prompts give the first λ (first_lambda); Algorithm 1 (constrained_dpo) fits, samples and steps; the
-table (evaluate) measures what was kept on prompts never seen.
+A run (all_stages, the first of Part II): SFT, one pass, gives π_ref (fit_stage); from it (3) and
+(5) give r and c, one pass each; the responses of the training rows get r, c and log π_ref, once
+(scores_stage); samples of π_ref on λ's prompts give the first λ (first_lambda); Algorithm 1
+(constrained_dpo) fits, samples and steps; the table (evaluate) measures what was kept on prompts
+never seen.
 
 Equation numbers are those of 2403.02475. Where this program departs from the paper, and why:
 
@@ -27,13 +28,14 @@ Equation numbers are those of 2403.02475. Where this program departs from the pa
     pair by its scores, at no more cost than that of the responses. (--no_all_pairs)
  4. λ starts at the minimum of the dual (9) on samples of π_ref: MoCAN, capped. (--lambda_init)
  5. λ moves to the minimum of the dual on the samples of all iterates, reweighted, and above it
-    where the policy lags behind: no step size. That is CAID, MoCAN iterated (Zhang et al.,
-    arXiv 2505.19387). (--lambda_step gradient is (14).)
+    where the policy lags behind: no step size, but a cap on rises, and falls are halved. That is
+    CAID, MoCAN iterated (Zhang et al., arXiv 2505.19387). (--lambda_step gradient is (14).)
  6. Policy and optimizer (AdamW, betas 0.9 and 0.95) are carried from one λ to the next, and the
     learning rate falls over the second half of the loop.
  7. Each iteration also trains on the newest samples, of π_ref, then of the last iterate: what the
     policy now says, which offline pairs leave unguarded. So λ's prompts, kept out of the training
-    rows, are trained on by way of samples; those of the table never are. (--no_recycle)
+    rows, are trained on by way of samples, and what is measured there for λ and the choice of the
+    iterate is not of unseen prompts; only the table is. (--no_recycle)
  8. Of the iterates the best is kept, by objective (6) less a penalty for cost over the limit, the
     later of two within the noise.
 
@@ -92,7 +94,7 @@ class Config:
     """Every setting of a run, read from the command line or from a JSON file (--config)."""
 
     method: Literal["cdpo", "mocan", "pecaid", "pecan", "dpo", "sft"] = (
-        "cdpo"  # mocan, pecan: one fit
+        "cdpo"  # and pecaid: the loop; mocan, pecan: one fit at the first λ
     )
     model: str = "meta-llama/Llama-2-7b-hf"  # hub name, folder, or JSON dictionary to build
     dataset: str = "PKU-Alignment/PKU-SafeRLHF-30K"  # hub name, file or folder; NAME:SPLIT
@@ -120,7 +122,7 @@ class Config:
     lambda_init: float | None = None  # first λ; default: solves the dual on π_ref
     lambda_step: Literal["solve", "gradient", "fixed"] = "solve"  # how λ moves; (14): gradient
     lambda_lr: float = 0.05  # step size of the gradient step
-    lambda_prompts: int = 500  # prompts kept out of the data, on which λ is found
+    lambda_prompts: int = 500  # prompts kept out of the training rows, on which λ is found
     lambda_samples: int = 4  # responses per prompt that measure an iterate there
     dual_samples: int = 16  # responses of π_ref per prompt there, to solve the dual
     recycle: bool = True  # train on the newest of these, too (π_ref's first); no: not
@@ -349,13 +351,12 @@ def collate_rows(rows, pad_id=0):
 def sequence_logps(model, batch):
     """log π(y | x) of each response of a batch of collate_rows: sums over tokens, nats, (N,).
 
-    Float32, differentiable. model: a causal LM of transformers under SDPA attention. Silently wrong
+    Float32, differentiable. model: a causal LM of transformers under SDPA attention, on the batch's
+    device. Silently wrong
     where a sliding window is shorter than a row, where logits are scaled or capped (Gemma-2), or
     under eager or flash attention: try one row both ways first. Only hidden states that predict
     response tokens meet the vocabulary, in chunks: no (tokens × vocabulary) tensor is ever whole.
     """
-    device = next(model.parameters()).device
-    batch = {name: values.to(device) for name, values in batch.items()}
     hidden = model.base_model(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -378,7 +379,7 @@ def sequence_logps(model, batch):
             logps.append(token_logps(*part))
 
     # Thousands of float32 terms would err by hundredths
-    sums = torch.zeros(len(batch["last"]), device=device, dtype=torch.float64)
+    sums = hidden.new_zeros(len(batch["last"]), dtype=torch.float64)
     return sums.index_add(0, batch["owner"], torch.cat(logps).double()).float()
 
 
@@ -399,9 +400,9 @@ class Row:
     helpful: list = ()  # of those that are labelled so, (chosen, rejected)
     harmful: list = ()  # (worse, better, sign of worse, sign of better), +1 unsafe, −1 safe
     # Of the responses, (k,) each, once they are known; there is no λ in them
-    reward: torch.Tensor | None = None
-    cost: torch.Tensor | None = None
-    ref_logps: torch.Tensor | None = None
+    reward: torch.Tensor = None
+    cost: torch.Tensor = None
+    ref_logps: torch.Tensor = None
 
     @property
     def length(self):
@@ -412,13 +413,15 @@ class Row:
     def weight(self):
         """Its weight in the mean over a step: P, or m/2 for m samples, which make m/2 couples.
 
-        So a sample counts as a response does that is in one pair, however many pairs (13) forms.
+        So a sample counts as a response does that is in one pair, however many pairs (13) forms. A
+        default step has 32 rows of the dataset, and of couples at first 40 (500 prompts, 16 samples
+        each, in 100 steps), later 10.
         """
         return len(self.compared) or len(self.responses) / 2
 
 
 class Samples(NamedTuple):
-    """m responses of a policy π to each of n prompts."""
+    """m responses of a policy π itself (temperature 1, only their length bounded) to n prompts."""
 
     rows: list  # with scores; a prompt's samples are in several rows where one is too short
     reward: torch.Tensor  # (n, m)
@@ -447,7 +450,7 @@ class Run:
 
 # ---- The losses of the stages --------------------------------------------------------------------
 # Each is a function of a row and what the model says of its responses, (k,), and gives a mean over
-# the row's pairs (nats) and the share of them that the model ranks as the labels do.
+# the row's pairs, or tokens (nats), and the share of pairs that the model ranks as the labels do.
 
 
 def sft_loss(row, logps):
@@ -513,17 +516,16 @@ def pairs_of(row, all_pairs):
 def constrained_dpo(run, rows, dual, cost_limit, lam):
     """Algorithm 1, and with implicit scores PeCAID: relabel, fit, sample, step λ. → λ of policy/.
 
-    rows: to train on, with scores; dual: Samples of π_ref; lam: the first λ.
+    rows: to train on, with scores; dual: Samples of π_ref; cost_limit: --cost_limit or, where
+    --margin is given, the mean cost of dual less it; lam: the first λ.
     """
     cfg, iterate, best = run.cfg, run.out / "iterate", run.out / "best"
     if (run.out / "policy").exists():  # the loop is one stage: finished, or begun again
         history = list(map(json.loads, (run.out / "metrics.jsonl").open()))
         return history[history[-1]["kept"]]["lambda"]
 
-    # From π_ref; the learning rate is constant over half of the loop, then falls to 0
-    total = cfg.iterations * cfg.dpo_steps
-    policy = start_training(run, "policy", total)
-    data = passes(cfg, rows, total, "policy")  # the rows of each step
+    # From π_ref; one optimizer and one schedule for the whole loop: its second half falls to 0
+    policy, data = start_training(run, "policy", rows)  # and the rows of each step
     history, sampled = [], []  # what was measured, a line of metrics.jsonl each; what was sampled
     newest = dual
 
@@ -536,7 +538,8 @@ def constrained_dpo(run, rows, dual, cost_limit, lam):
         loss_fn = relabelled_dpo(cfg, lam, iteration)  # (12), (13)
         loss, accuracy, speed = train(cfg, policy, steps, loss_fn)
 
-        # What is measured is the policy as it is written, merged and rounded: alone on the card
+        # What is measured is the policy as it is written, merged and rounded; the trained one
+        # leaves the card meanwhile
         export(run, policy.inner, iterate)
         policy.to("cpu")
         newest = measure(run, "iterate", run.dual_rows, cfg.lambda_samples, iteration)
@@ -571,7 +574,8 @@ def next_lambda(cfg, history, sampled, cost_limit):
     if cfg.lambda_step == "gradient":
         return lambda_step(lam, torch.tensor(bound), cost_limit, cfg.lambda_lr)  # (14)
 
-    # With weights ∝ π_λ/π, (11), samples of any policy π stand for those of π_λ: a few of each do
+    # With weights ∝ π_λ/π, (11), samples of any policy π stand for those of π_λ, the better, the
+    # nearer π is: so those of all iterates do, and π_ref's are left out
     _, *scores = zip(*sampled)
     pooled = [torch.cat(values, dim=1) for values in scores]  # reward, cost, log_ratio
 
@@ -580,7 +584,7 @@ def next_lambda(cfg, history, sampled, cost_limit):
     converged = closed_form(cfg, lam, pooled, target)
     with_feedback = closed_form(cfg, lam, pooled, target - lasting_gap(cfg, history, pooled))
 
-    # Errors are to be on the safe side: λ rises at once, and falls by half of the way at most
+    # Errors are to be on the safe side: λ rises at once, to the cap, and falls by half of the way
     return max(with_feedback, (lam + converged) / 2)
 
 
@@ -588,7 +592,8 @@ def closed_form(cfg, lam, scores, cost_limit):
     """solve_dual on (reward, cost, log_ratio), but no leap from lam on the word of few samples.
 
     Where they barely reach the limit, or do not, λ would be anything. It is at most 1.5·lam and
-    twice the λ at which cost weighs as much as reward: chosen factors. Monotone in the limit.
+    2·ratio together (chosen factors); at λ = ratio cost weighs as much as reward. Monotone in the
+    limit.
     """
     reward, cost, log_ratio = scores
     ratio = float(reward.std(dim=1).mean() / cost.std(dim=1).mean().clamp(min=1e-6))
@@ -602,7 +607,8 @@ def closed_form(cfg, lam, scores, cost_limit):
 def lasting_gap(cfg, history, scores):
     """How far above its π_λ the next iterate is expected to cost, as it has not converged to it.
 
-    The last two such gaps go on as they went: after 0.4 and 0.2 comes 0.1. One may be noise.
+    The gaps of the last two go on as they went: after 0.4 and 0.2 comes 0.1. Unless both are over 0
+    it is 0, as it is after the first iteration: one may be noise.
     """
     reward, cost, log_ratio = scores
     gaps = [0.0]
@@ -616,8 +622,9 @@ def lasting_gap(cfg, history, scores):
 def best_iterate(cfg, history, sampled, cost_limit):
     """Number of the iterate to keep: the newest, or the one kept before it, by merit.
 
-    Merit is objective (6) less an exact penalty for the excess of its cost. The newest wins a tie:
-    no larger excess, and less objective by a standard error of the difference, paired, or less.
+    Merit is objective (6) less an exact penalty for the excess of its cost. The newest is kept if
+    its merit is no lower or, where its excess is no larger, lower within the noise of objectives:
+    one standard error of their difference, paired by prompt.
     """
     if len(history) == 1:
         return 0
@@ -628,8 +635,8 @@ def best_iterate(cfg, history, sampled, cost_limit):
     excesses = [max(0.0, entry["cost_bound"] - cost_limit) for entry in history]
     gain, worse = objectives[-1] - objectives[kept], excesses[-1] - excesses[kept]
 
-    error = 0.0 if worse > 0 else float(gain.std()) / math.sqrt(len(gain))
-    return len(history) - 1 if float(gain.mean()) - price * worse >= -error else kept
+    error = 0.0 if worse > 0 else gain.std() / math.sqrt(len(gain))
+    return len(history) - 1 if gain.mean() - price * worse >= -error else kept
 
 
 def with_samples(steps, rows):
@@ -655,7 +662,9 @@ def first_lambda(cfg, dual, cost_limit):
     if lam is None:
         with refusing("no first λ", "raise the limit, lower --beta, or draw more --dual_samples"):
             lam = solve_dual(dual.reward, dual.cost, cfg.beta, cost_limit)
-        if cfg.method in ("cdpo", "pecaid"):  # with its cap: a first guess must not spoil the loop
+        # Where none up to 100 meets the limit on π_ref's samples, the run has ended. A loop starts
+        # at the same λ, but with the cap: a first guess must not spoil it
+        if cfg.method in ("cdpo", "pecaid"):
             lam = closed_form(cfg, 0.0, dual[1:], cost_limit)
     report(cfg, dual, lam, "π_ref:")
     return lam
@@ -672,8 +681,10 @@ def all_stages(run):
     if cfg.method in IMPLICIT:
         pecan_stages(run)
     else:
-        score_model_stage(run, "reward_model", run.reward_rows, run.reward_table, reward_loss)
-        score_model_stage(run, "cost_model", run.train_rows, run.table_rows, harm_loss)
+        score_model_stage(
+            run, "reward_model", "helpful", run.reward_rows, run.reward_table, reward_loss
+        )
+        score_model_stage(run, "cost_model", "harmful", run.train_rows, run.table_rows, harm_loss)
 
     dual, rows, cost_limit = scores_stage(run), run.train_rows, cfg.cost_limit
     if cfg.margin is not None:
@@ -749,12 +760,15 @@ def add_low_rank(layer, args, output):
     return output + LORA_SCALE * (args[0] @ layer.lora_a.T @ layer.lora_b.T)
 
 
-def start_training(run, name, steps):
+def start_training(run, name, rows):
     """The model of a stage, as Responses with an optimizer: --model for SFT, else the reference.
 
-    Its learning rate: 10 steps up, constant, to 0 over the second half.
+    Its learning rate: 10 steps up, constant, to 0 over the second half. And the rows of its steps.
     """
     cfg = run.cfg
+    steps, rate = cfg.iterations * cfg.dpo_steps, cfg.learning_rate  # of all of Algorithm 1
+    if name in ("sft", *SCORE_MODELS):  # score models overfit in a second pass
+        steps, rate = math.ceil(len(rows) / cfg.batch_size), cfg.sft_learning_rate
     gc.collect()  # the last model and its FSDP state are reference cycles: 27 GB of weights at 7B
     if GPU:
         torch.cuda.empty_cache()  # what one stream has freed another cannot use
@@ -778,7 +792,6 @@ def start_training(run, name, steps):
     else:
         trained.to(DEVICE)
 
-    rate = cfg.sft_learning_rate if name in ("sft", *SCORE_MODELS) else cfg.learning_rate
     trained.name = name
     trained.optimizer = torch.optim.AdamW(
         trained.parameters(), rate, (0.9, 0.95), weight_decay=0.0, fused=True
@@ -786,7 +799,7 @@ def start_training(run, name, steps):
     trained.scheduler = torch.optim.lr_scheduler.LambdaLR(
         trained.optimizer, lambda done: min(1.0, (done + 1) / 10, 2 - 2 * done / steps)
     )
-    return trained
+    return trained, passes(cfg, rows, steps, name)
 
 
 def train(cfg, model, steps, loss_fn):
@@ -800,9 +813,9 @@ def train(cfg, model, steps, loss_fn):
         total, sums = sum(row.weight for row in step), torch.zeros(2)
         groups = micro_batches([row.length for row in step], cfg.tokens_per_batch)
         # FSDP2 gathers weights in every pass: all processes run as many, an idle one for nothing
-        idle = [[]] * (-len(groups) % WORLD)
-        for group in (groups + idle)[RANK::WORLD]:
-            batch = [step[i] for i in group or groups[-1]]
+        groups += [[]] * (-len(groups) % WORLD)
+        for group in groups[RANK::WORLD]:
+            batch = [step[i] for i in group or [0]]
             losses = [torch.stack(loss_fn(*output)) for output in by_row(model, batch)]
             parts = torch.tensor([bool(group) * row.weight / total for row in batch])
             mean = parts @ torch.stack(losses)
@@ -842,31 +855,27 @@ def in_words(numbers):
 
 def fit_stage(run, name, rows, loss_fn):
     """Train the model `name` on rows into the folder of that name, unless it is there."""
-    cfg, path = run.cfg, run.out / name
+    path = run.out / name
     if path.exists():
         say(f"{name}: found in {path}")
         return
-    count = cfg.iterations * cfg.dpo_steps  # as many as Algorithm 1 takes
-    if name in ("sft", *SCORE_MODELS):
-        count = math.ceil(len(rows) / cfg.batch_size)  # score models overfit in a second pass
-    model = start_training(run, name, count)
-    train(cfg, model, passes(cfg, rows, count, name), loss_fn)
+    model, steps = start_training(run, name, rows)
+    train(run.cfg, model, steps, loss_fn)
     export(run, model.inner, path)
 
 
-def score_model_stage(run, name, rows, held_out, loss_fn):
-    """Train the reward or the cost model where none is given; say how it ranks held-out pairs."""
-    labelled = {"reward_model": "helpful", "cost_model": "harmful"}[name]
+def score_model_stage(run, name, labels, rows, held_out, loss_fn):
+    """Train a score model on labels where none is given; say how it ranks held-out pairs.
+
+    labels: the field of Row that holds them.
+    """
     if not getattr(run.cfg, name):
         fit_stage(run, name, as_read_by(run.tokenizer, rows), loss_fn)
-    elif name == "reward_model":
-        return  # labels of help were not asked for
-
-    held_out = [row for row in held_out if getattr(row, labelled)]
+    held_out = [row for row in held_out if getattr(row, labels)]
     if held_out:
         right = []
         for row, values in per_row(values_of(run, name, held_out), held_out):
-            right += [loss_fn(row, values)[1]] * len(getattr(row, labelled))
+            right += [loss_fn(row, values)[1]] * len(getattr(row, labels))
         accuracy = float(torch.stack(right).mean())
         say(f"{name}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs")
         if accuracy < 0.4:
@@ -901,17 +910,18 @@ def micro_batches(lengths, budget):
     The cheapest cut of the rows in order of length, longest first: too large shows at once.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    cheapest = [(0, [])]  # for the n longest: cost, groups
+    costs, groups = [0], [[]]  # of the cheapest cut of the n longest
     for end in range(1, len(order) + 1):
         options = []
-        for start in range(end - 1, -1, -1):
+        for start in reversed(range(end)):
             padded = (end - start) * lengths[order[start]]
             if padded > budget and options:
                 break
-            options.append((cheapest[start][0] + padded + PASS_TOKENS, start))
+            options.append((costs[start] + padded + PASS_TOKENS, start))
         cost, start = min(options)
-        cheapest.append((cost, [*cheapest[start][1], order[start:end]]))
-    return cheapest[-1][1]
+        costs.append(cost)
+        groups.append([*groups[start], order[start:end]])
+    return groups[-1]
 
 
 # ---- Sampling, measuring -------------------------------------------------------------------------
@@ -1138,7 +1148,8 @@ class ScoreModel(transformers.PreTrainedModel):
         super().__init__(config)
         self.model = AutoModel.from_config(config, trust_remote_code=False)
         self.score_head = nn.Linear(self.model.get_input_embeddings().embedding_dim, 1)
-        self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
+        if getattr(config, "do_normalize", False):
+            self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
         self.post_init()
 
     @classmethod
@@ -1154,11 +1165,10 @@ class ScoreModel(transformers.PreTrainedModel):
             path, config=config, dtype=dtype, key_mapping=names, output_loading_info=True
         )
 
-        moments = {"normalizer.mean": 0.0, "normalizer.var": 1.0}
         for name in info["missing_keys"] - {"score_head.bias"}:  # then it is 0
-            if name in moments:  # they stand in the config, if anywhere
-                value = getattr(config, name.removeprefix("normalizer."), None) or moments[name]
-                model.get_parameter(name).data.copy_(torch.as_tensor(value))
+            moment = getattr(config, name.removeprefix("normalizer."), None)
+            if moment is not None:  # it stands in the config
+                model.get_parameter(name).data.copy_(torch.as_tensor(moment))
             elif not new_head or name != "score_head.weight":
                 raise ValueError(f"it is no score model, it has no {name}")
         return model
@@ -1178,9 +1188,9 @@ class ScoreModel(transformers.PreTrainedModel):
 
         weight, bias = self.score_head.weight.float(), self.score_head.bias.float()
         score = nn.functional.linear(hidden.float(), weight, bias).squeeze(-1)
-        if getattr(self.config, "do_normalize", False):
+        if hasattr(self, "normalizer"):
             if getattr(self.config, "score_type", "") != "cost":
-                score = score - self.normalizer.mean.float()
+                score = score - self.normalizer.mean
             score = score / self.normalizer.var.float().sqrt()
         return score
 
@@ -1205,11 +1215,13 @@ def load_model(source, kind="model", dtype=None, new_head=False):
     """
     if kind in SCORE_MODELS:
         return ScoreModel.from_pretrained(source, dtype, new_head)
-    config, options = load_config(source), {"dtype": dtype, "trust_remote_code": False}
+    config = load_config(source)
     if str(source).startswith("{"):
-        return AutoModelForCausalLM.from_config(config, **options).eval()
-    options |= {"config": config, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(source, **options)
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return made.eval()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+    )
     if info["missing_keys"]:
         raise ValueError(f"it is no causal LM, it has no {min(info['missing_keys'])}")
     return model
@@ -1247,8 +1259,7 @@ def export(run, model, path):
     model.generation_config = transformers.GenerationConfig(eos_token_id=end, do_sample=True)
     with atomic(path) as folder:
         if RANK == 0:
-            as_read = not isinstance(model, ScoreModel)  # under the names of its checkpoint
-            model.save_pretrained(folder, state_dict=state, save_original_format=as_read)
+            model.save_pretrained(folder, state_dict=state)
             model.config.dtype = run.cfg.dtype  # not the master weights'
             model.config.save_pretrained(folder)
             run.tokenizer.save_pretrained(folder)
@@ -1305,15 +1316,14 @@ def encode(tokenizer, prompt, responses, max_length, counts):
     it: prompt and response are encoded as they will be read, joined, and cut where the prompt ends.
     """
     end, text = tokenizer.eos_token, as_text(tokenizer, prompt)
-    ended = [response.split(end)[0] + end for response in responses]
-    joined = [text + response for response in ended]
-    head, *joined = tokenizer([text, *joined], add_special_tokens=False)["input_ids"]
+    joined = [text + response.split(end)[0] + end for response in responses]
+    head, *encoded = tokenizer([text, *joined], add_special_tokens=False)["input_ids"]
     room, answers = max(0, max_length - len(head)), []
-    for response, ids in zip(ended, joined):
+    for whole, ids in zip(joined, encoded):
         answer = ids[len(head) :]
-        if ids[: len(head)] != head:  # the prompt's tokens are no prefix: encode it by itself
+        if head + answer != ids:  # the prompt's tokens are no prefix: encode it by itself
             counts["responses whose tokens do not follow the prompt's"] += 1
-            answer = tokenizer(response, add_special_tokens=False)["input_ids"]
+            answer = tokenizer(whole.removeprefix(text), add_special_tokens=False)["input_ids"]
         if len(answer) > room:
             counts[CUT] += 1
         answers.append(answer[:room])
@@ -1334,12 +1344,14 @@ COLUMNS, TINY_VERBS, TINY_NOUNS, TINY_WORDS = map(
         "wait ask read measure push cut force burn",
     ),
 )
-TINY_HELP = [-0.6, -0.15, 0.05, 0.45, 0.1, 0.25, 0.5, -0.6]  # of each word of an answer
-TINY_HARM = [-0.6, -0.45, -0.15, -0.15, 0.1, 0.3, 0.65, 0.3]
 TINY_ASKED = TINY_VERBS + TINY_NOUNS
+TINY_MEANS = [  # help, then harm, of each word of an answer
+    [-0.6, -0.15, 0.05, 0.45, 0.1, 0.25, 0.5, -0.6],
+    [-0.6, -0.45, -0.15, -0.15, 0.1, 0.3, 0.65, 0.3],
+]
 TINY_NOISE = 0.1 * torch.randn(24, 8, 2, generator=torch.Generator().manual_seed(0)).double()
-TINY_EFFECTS = TINY_NOISE + torch.tensor([TINY_HELP, TINY_HARM], dtype=torch.float64).T
-TINY_EFFECTS = TINY_EFFECTS.tolist()  # of a word of the prompt, one of the answer: help, harm
+# Of a word of the prompt, one of the answer: help, harm
+TINY_EFFECTS = (TINY_NOISE + torch.tensor(TINY_MEANS, dtype=torch.float64).T).tolist()
 
 
 def seed_of(*key):
@@ -1361,8 +1373,9 @@ def tiny_truth(prompt, response):
     for word in prompt.split():
         effects = TINY_EFFECTS[TINY_ASKED.index(word)]
         for i in known:
-            reward += effects[i][0]
-            cost += effects[i][1]
+            more_help, more_harm = effects[i]
+            reward += more_help
+            cost += more_harm
     return reward, cost
 
 
@@ -1424,7 +1437,6 @@ def atomic(path):
     remove(temporary)
     with refusing(f"{path} cannot be written", "make room; the same command goes on", code=1):
         yield temporary
-    gather(None)
     move(temporary, path)
 
 
@@ -1543,18 +1555,16 @@ def check_settings(cfg):
 def read_dataset(source, seed):
     """A file, saved folder, hub name, perhaps with :SPLIT, or the tiny world. → rows, as dicts"""
     name, _, split = source.partition(":")
-    if Path(source).exists():
-        name, split = source, ""
-    path = Path(name)
+    path = Path(source)
     kind = path.suffix.lower()
     if name == "tiny":
         return tiny_rows(int(split or 60000), seed)
-    if not path.exists():
-        return datasets.load_dataset(name, split=split or "train")
-    if split:
-        raise ValueError("a file or saved folder has no splits")
     if path.is_dir():  # of one split, written by save_to_disk
-        return datasets.load_from_disk(name)
+        return datasets.load_from_disk(source)
+    if not path.exists():
+        if Path(name).exists():
+            raise ValueError("a file or saved folder has no splits")
+        return datasets.load_dataset(name, split=split or "train")
     # Not by the library above: its cache may hold what was in the file before
     if kind == ".parquet":
         return parquet.read_table(path).to_pylist()
@@ -1607,9 +1617,9 @@ def check_tokenizer(tokenizer, prompts):
 
 
 def load_rows(cfg, tokenizer, flag, need, others=()):
-    """A dataset's prompts, those of the same tokens as one, shuffled: their rows, [[Row, …], …].
+    """A dataset's prompts, those of the same tokens as one, shuffled. → a fifth of them, the rest
 
-    Those of others, [[Row, …], …], are left out.
+    Each as its rows, [[Row, …], …]. The prompts of others, [[Row, …], …], are left out.
     """
     source, compared, prompts, counts = getattr(cfg, flag), {}, {}, Counter()
     advice = "give a .json, .jsonl, .csv or .parquet file, a saved folder or a hub name"
@@ -1622,21 +1632,19 @@ def load_rows(cfg, tokenizer, flag, need, others=()):
     check_tokenizer(tokenizer, compared)
 
     for prompt, pairs in compared.items():
-        texts = list(dict.fromkeys(chain(*(texts for texts, _ in pairs))))
+        texts = dict.fromkeys(chain(*(texts for texts, _ in pairs)))
         head, answers = encode(tokenizer, prompt, texts, cfg.max_length, counts)
         # What is scored and compared is what the policy has of a text: as its tokens say, and cut
-        spoken = [(said(tokenizer, ids), ids) for ids in answers]
-        spoken_of = dict(zip(texts, spoken))
+        spoken = {text: (said(tokenizer, ids), ids) for text, ids in zip(texts, answers)}
         for texts, labels in pairs:
-            pair = dict(map(spoken_of.get, texts))
-            _, safer, *safe = labels
+            pair = dict(map(spoken.get, texts))
             if len(head) >= cfg.max_length:
                 counts["with a prompt that fills --max_length"] += 1
             elif not all(map(str.strip, [prompt, *pair])):
                 counts["with an empty prompt or response"] += 1
             elif len(pair) < len(texts):
                 counts["of identical responses"] += 1
-            elif None not in labels[1:] and safe[1 - safer] > safe[safer]:
+            elif labels[1:] in ([0, 0, 1], [1, 1, 0]):  # which is safer, whether each is safe
                 counts["whose safer response is unsafe beside a safe one"] += 1
             else:
                 counts["used"] += 1
@@ -1650,10 +1658,11 @@ def load_rows(cfg, tokenizer, flag, need, others=()):
             f"--{flag} {source}: too few of {len(entries)} rows can be used: {notes}; "
             "mend the data, or raise --max_length"
         )
-    keys, taken = list(prompts), {str(rows[0].ids[0]) for rows in others}
-    order = torch.randperm(len(keys), generator=seeded("split", cfg.seed)).tolist()
-    kept = [prompts[keys[i]] for i in order if keys[i] not in taken]
-    return [rows_of(*of_prompt, cfg.row_length) for of_prompt in kept]
+    taken = {str(rows[0].ids[0]) for rows in others}
+    order = torch.utils.data.SubsetRandomSampler(list(prompts), seeded("split", cfg.seed))
+    kept = [rows_of(*prompts[key], cfg.row_length) for key in order if key not in taken]
+    fifth = len(kept) // 5
+    return kept[:fifth], kept[fifth:]
 
 
 def rows_of(prompt, head, pairs, row_length):
@@ -1684,27 +1693,24 @@ def rows_of(prompt, head, pairs, row_length):
 
 def load_run(cfg, tokenizer):
     """Read, check, tokenize and split the data by prompt: table, dual, training. → Run"""
-    need = COLUMNS[:3]  # the labels of a given model are not needed
+    given, need = [], COLUMNS[:3]  # the labels of a given model are not needed
     if not cfg.reward_model and not cfg.reward_dataset:
         need += COLUMNS[3:4]
     if not cfg.cost_model:
         need += COLUMNS[4:]
-    table = []
     if cfg.eval_dataset:
-        table = load_rows(cfg, tokenizer, "eval_dataset", COLUMNS[:1])
-    rest = load_rows(cfg, tokenizer, "dataset", need, table)
+        given = list(chain(*load_rows(cfg, tokenizer, "eval_dataset", COLUMNS[:1])))
 
     # All of the fifth is held out, whatever --eval_prompts is: a run may go on with another
-    fifth = len(rest) // 5
-    if not cfg.eval_dataset:
-        table, rest = rest[:fifth], rest[fifth:]
-    few = min(cfg.lambda_prompts, fifth)
+    table, rest = load_rows(cfg, tokenizer, "dataset", need, given)
+    few = min(cfg.lambda_prompts, len(table))
+    if given:
+        table, rest = given, table + rest
     dual, train = rest[:few], rest[few:]
-    labelled, held_out = train, table
+    held_out, labelled = table, train
     if cfg.reward_dataset:  # where rewards are measured none is learned
-        labelled = load_rows(cfg, tokenizer, "reward_dataset", COLUMNS[:4], table + dual)
-        fifth = len(labelled) // 5
-        held_out, labelled = labelled[:fifth], labelled[fifth:]
+        others = table + dual
+        held_out, labelled = load_rows(cfg, tokenizer, "reward_dataset", COLUMNS[:4], others)
 
     most = (cfg.max_steps or 10**9) * cfg.batch_size
     parts = train, dual, table[: cfg.eval_prompts], labelled, held_out
@@ -1737,8 +1743,7 @@ def check_model(cfg, kind, source, tokenizer, rows):
         new = math.ceil(new * sum(row.length for row in read) / sum(row.length for row in rows))
         rows = read
     model, vocabulary = load_model(source, kind), tokenizer.get_vocab()
-    own = kind.removesuffix("_model")
-    if getattr(model.config, "score_type", own) != own:
+    if getattr(model.config, "score_type", kind) not in kind:
         raise ValueError("its config calls it another score_type: are the two exchanged?")
 
     parts = [sorted(vocabulary.items()), tokenizer.chat_template]

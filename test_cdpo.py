@@ -408,7 +408,7 @@ def written(path, rows):
 def rows_from(path, model="{}", **settings):
     """The rows of each prompt of a dataset, by the program's reader and the byte tokenizer."""
     cfg, tokenizer = cdpo.Config(dataset=str(path), **settings), cdpo.load_tokenizer(model)
-    return cdpo.load_rows(cfg, tokenizer, "dataset", NEED)
+    return list(itertools.chain(*cdpo.load_rows(cfg, tokenizer, "dataset", NEED)))
 
 
 def row_of(lengths, compared=(), helpful=(), harmful=(), scores=()):
@@ -498,7 +498,11 @@ def test_algorithm_1_relabels_fits_samples_steps_and_keeps_the_best(recycle, tmp
         return losses[-1], 1.0, {}
 
     policy = SimpleNamespace(inner=None, to=lambda device: None)
-    monkeypatch.setattr(cdpo, "start_training", lambda *_: policy)
+
+    def start_training(run, name, rows):
+        return policy, cdpo.passes(run.cfg, rows, 15, name)
+
+    monkeypatch.setattr(cdpo, "start_training", start_training)
     monkeypatch.setattr(cdpo, "train", train)
     monkeypatch.setattr(cdpo, "export", lambda run, _, path: os.makedirs(path / str(len(trained))))
     monkeypatch.setattr(cdpo, "measure", lambda *_: iterates[len(trained) - 1])
@@ -702,7 +706,8 @@ def quick(tmp_path_factory):
 def tiny_world(count, tokenizer=None):
     """Rows of the tiny world, and their tokenizer."""
     tokenizer, cfg = tokenizer or cdpo.tiny_tokenizer(), cdpo.Config(dataset=f"tiny:{count}")
-    return list(itertools.chain(*cdpo.load_rows(cfg, tokenizer, "dataset", NEED))), tokenizer
+    fifth, others = cdpo.load_rows(cfg, tokenizer, "dataset", NEED)
+    return list(itertools.chain(*fifth, *others)), tokenizer
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2: Conv1D, and its head is its embedding
@@ -711,8 +716,11 @@ def test_lora_begins_at_its_base_and_adds_a_low_rank_to_each_linear_layer(tmp_pa
     (rows, tokenizer), rank, base = tiny_world(60), 3, tiny_model(kind)
     base.save_pretrained(tmp_path / "base")
     settings = {"sft_model": str(tmp_path / "base"), "lora_rank": rank, "dtype": "float32"}
+    settings |= {"iterations": 1, "dpo_steps": 8, "batch_size": math.ceil(len(rows) / 8)}
     run = run_of(tmp_path, tokenizer, learning_rate=0.01, sft_learning_rate=0.01, **settings)
-    trainee, batch = cdpo.start_training(run, stage, 8), cdpo.collate_rows([x.ids for x in rows])
+    trainee, steps = cdpo.start_training(run, stage, rows)
+    batch = cdpo.collate_rows([row.ids for row in rows])
+    assert len(steps) == 8
     if stage == "policy":  # bit for bit, in the mode of training
         assert torch.equal(trainee(batch), cdpo.sequence_logps(base, batch))
     head = {n: w.clone() for n, w in trainee.inner.named_parameters() if "score_head" in n}
@@ -749,9 +757,10 @@ def test_a_step_is_that_of_a_textbook_loop_however_it_is_cut(tmp_path):
     (rows, tokenizer), rate = tiny_world(60), 0.01
     tiny_model("llama").save_pretrained(tmp_path)
     settings = {"sft_model": str(tmp_path), "lora_rank": 0, "sft_learning_rate": rate}
+    settings["batch_size"] = 1  # 80 rows are 80 steps
     for budget in (10**6, 40, 1):  # all at once; a few rows; one by one
         run = run_of(tmp_path, tokenizer, tokens_per_batch=budget, dtype="float32", **settings)
-        trainee = cdpo.start_training(run, "reward_model", 80)
+        trainee, _ = cdpo.start_training(run, "reward_model", (rows * 2)[:80])
         start, plain = copy.deepcopy(trainee), copy.deepcopy(trainee)
         cdpo.train(run.cfg, trainee, [rows[:20], rows[20:30]], cdpo.reward_loss)
         optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
@@ -788,12 +797,12 @@ def test_held_out_accuracy_is_of_the_labels_that_there_are_by_hand(capsys, monke
     harm, help_ = row_of([1, 1], harmful=[(0, 1, 1, -1)]), row_of([1] * 3, helpful=helpful)
     monkeypatch.setattr(cdpo, "fit_stage", lambda *_: None)
     for name, loss_fn, scores, found in (
-        ("reward_model", cdpo.reward_loss, [1.0, 0.0, 2.0], "75.0%, 4 pairs"),
-        ("cost_model", cdpo.harm_loss, [1.0, 0.0], "100.0%, 1 pairs"),
-        ("cost_model", cdpo.harm_loss, [0.0, 1.0], "0.0%, 1 pairs"),  # a harmlessness reward
+        (("reward_model", "helpful"), cdpo.reward_loss, [1.0, 0.0, 2.0], "75.0%, 4 pairs"),
+        (("cost_model", "harmful"), cdpo.harm_loss, [1.0, 0.0], "100.0%, 1 pairs"),
+        (("cost_model", "harmful"), cdpo.harm_loss, [0.0, 1.0], "0.0%, 1 pairs"),  # harmlessness
     ):
         monkeypatch.setattr(cdpo, "values_of", lambda *_, scores=scores: torch.tensor(scores))
-        cdpo.score_model_stage(run_of(cost_model="given"), name, [], [harm, help_], loss_fn)
+        cdpo.score_model_stage(run_of(cost_model="given"), *name, [], [harm, help_], loss_fn)
         said = capsys.readouterr().out
         assert found in said and ("the wrong way round" in said) == found.startswith("0")
 
