@@ -1308,7 +1308,7 @@ def as_text(tokenizer, prompt):
     )
 
 
-def encode(tokenizer, prompt, responses, max_length, counts):
+def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
     """A prompt and responses in the template. → (prompt_ids, [y0_ids, y1_ids, …])
 
     A response ends at the end of sequence, which it gets unless it has it, and is cut to max_length
@@ -1319,6 +1319,7 @@ def encode(tokenizer, prompt, responses, max_length, counts):
     joined = [text + response.split(end)[0] + end for response in responses]
     head, *encoded = tokenizer([text, *joined], add_special_tokens=False)["input_ids"]
     room, answers = max(0, max_length - len(head)), []
+    counts = Counter() if counts is None else counts
     for whole, ids in zip(joined, encoded):
         answer = ids[len(head) :]
         if head + answer != ids:  # the prompt's tokens are no prefix: encode it by itself

@@ -656,7 +656,8 @@ def test_pecan_takes_the_help_of_a_helpful_policy_as_r_and_minus_a_safe_ones_as_
 # ---- Whole runs, which tests share ---------------------------------------------------------------
 
 TINY = str(Path(__file__).with_name("tiny_config.json"))
-FEW = ["--config", TINY, "--dataset", "tiny:400"]
+FEW = f"--config {TINY} --dataset tiny:400 --max_steps 2 --iterations 1 --eval_samples 2".split()
+FEW += ["--dual_samples", "2", "--lambda_samples", "2"]
 SHORT = f"--config {TINY} --dataset tiny:1500 --max_steps 4 --iterations 2 --lambda_samples 4"
 SHORT = [*SHORT.split(), "--eval_samples", "4", "--dual_samples", "8"]
 QUICK = [*SHORT, "--lambda_init", "1"]
@@ -977,11 +978,6 @@ def chat_tokenizer(template=CHATML, **special):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
-def encoded(tokenizer, prompt, responses):
-    """Tokens as the program makes them, of any length."""
-    return cdpo.encode(tokenizer, prompt, responses, 10**9, Counter())
-
-
 def saved(tokenizer, folder):
     """A tokenizer as the program loads it from a folder."""
     tokenizer.save_pretrained(folder)
@@ -991,7 +987,7 @@ def saved(tokenizer, folder):
 def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_has_one_end(tmp_path):
     tokenizer, answers = saved(chat_tokenizer(), tmp_path), ["Fine.", " spaced out \n"]
     counts = Counter()
-    head, ys = cdpo.encode(tokenizer, "Hi", answers, 10**9, counts)
+    head, ys = cdpo.encode(tokenizer, "Hi", answers, counts=counts)
     turn = [{"role": "user", "content": "Hi"}]
     template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
     assert head == template(turn, add_generation_prompt=True) and not counts
@@ -999,9 +995,9 @@ def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_has_one
         assert tokenizer.decode(y) == text + "<|im_end|>"  # nothing is stripped
         assert (head + y) == template([*turn, {"role": "assistant", "content": text}])[:-1]
     for text in ("Fine.<|im_end|>", "Fine.<|im_end|>\n more"):  # nor anything behind an end kept
-        assert encoded(tokenizer, "Hi", [text])[1] == ys[:1]
+        assert cdpo.encode(tokenizer, "Hi", [text])[1] == ys[:1]
     for clock in ("{{ date_string }}", "{{ strftime_now('%d %b %Y') }}"):
-        head, _ = encoded(chat_tokenizer(clock + CHATML), "How?", [])
+        head, _ = cdpo.encode(chat_tokenizer(clock + CHATML), "How?", [])
         assert re.match(r"\d\d \w{3} 20(1\d|2[0-5])<", tokenizer.decode(head))  # a past year
 
 
@@ -1015,7 +1011,7 @@ def test_a_tokenizer_without_a_template_gets_beavers_which_goes_with_the_policy(
         saved(tokenizer, tmp_path / begin).save_pretrained(tmp_path / begin / "policy")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / begin / "policy")
         plain = functools.partial(tokenizer.encode, add_special_tokens=False)
-        head, [y] = encoded(tokenizer, prompt, ["bé"])
+        head, [y] = cdpo.encode(tokenizer, prompt, ["bé"])
         assert head == plain(begin * (begin[0] == "<") + beaver.format(prompt))  # a bos, as Llama's
         assert y == [*plain("bé"), tokenizer.eos_token_id]
         turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "How?")]
@@ -1032,7 +1028,7 @@ def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end
     assert ys == [[101, 0xC3 + 3, 0xA9 + 3, 1], [101] * 5] and counts.total() == 1
     assert cdpo.said(tokenizer, [100, 5000, *ys[0]]) == "abé"  # a model may have more tokens
     tokenizer = chat_tokenizer()
-    _, [y] = cdpo.encode(tokenizer, "Q", ["\n\nHi"], 10**9, counts)  # its newlines merge
+    _, [y] = cdpo.encode(tokenizer, "Q", ["\n\nHi"], counts=counts)  # its newlines merge
     assert counts.total() == 2 and tokenizer.decode(y) == "\n\nHi<|im_end|>"
 
 
@@ -1379,7 +1375,7 @@ def enumerated_world(run, prompts):
     words, rows = cdpo.TINY_WORDS, []
     answers = [" ".join(ws) for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)]
     for x in prompts:
-        head, ys = encoded(run.tokenizer, x, answers)
+        head, ys = cdpo.encode(run.tokenizer, x, answers)
         for i in range(0, 584, 73):
             rows.append(cdpo.Row(x, answers[i : i + 73], (head, ys[i : i + 73])))
     tables = []
