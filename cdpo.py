@@ -741,7 +741,7 @@ def add_lora(model, rank):
     model.requires_grad_(False)
     adapted = 0
     for layer in blocks_of(model).modules():
-        if type(layer) in (nn.Linear, Conv1D):  # routers of experts are kinds of their own
+        if isinstance(layer, nn.Linear | Conv1D):
             outputs, inputs = layer.weight.shape
             if isinstance(layer, Conv1D):
                 outputs, inputs = inputs, outputs
@@ -757,6 +757,8 @@ def add_lora(model, rank):
 
 def add_low_rank(layer, args, output):
     """The hook of add_lora: what a linear layer gives, and (α/r)·B(A·x)."""
+    if isinstance(output, tuple):  # of a router of experts, which stays as it is
+        return output
     return output + LORA_SCALE * (args[0] @ layer.lora_a.T @ layer.lora_b.T)
 
 

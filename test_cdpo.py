@@ -711,7 +711,7 @@ def tiny_world(count, tokenizer=None):
     return list(itertools.chain(*fifth, *others)), tokenizer
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2: Conv1D, and its head is its embedding
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon"])  # of Conv1D; of a Linear of its own
 @pytest.mark.parametrize("stage", ["policy", "reward_model"])
 def test_lora_begins_at_its_base_and_adds_a_low_rank_to_each_linear_layer(tmp_path, kind, stage):
     (rows, tokenizer), rank, base = tiny_world(60), 3, tiny_model(kind)
@@ -747,7 +747,7 @@ def test_lora_begins_at_its_base_and_adds_a_low_rank_to_each_linear_layer(tmp_pa
             layers += 1
         else:
             assert torch.equal(weight, old[name]), name
-    assert layers == {"llama": 2 * 7, "gpt2": 2 * 4}[kind]
+    assert layers == {"llama": 2 * 7, "gpt2": 2 * 4, "falcon": 2 * 4}[kind]
     if head:  # a new one, trained whole
         assert not torch.equal(exported.score_head.weight, head["score_head.weight"])
     else:
