@@ -45,7 +45,6 @@ parallelism, samplers faster than generate().
 """
 
 import argparse
-import csv
 import functools
 import gc
 import hashlib
@@ -297,8 +296,8 @@ def estimate(values, level=0.5):
 
 def ci95(values):
     """95% confidence interval [low, high] of E[values], clustered by prompt. values (n, m)."""
-    error = values.mean(dim=1).std() / math.sqrt(len(values))
-    return [float(values.mean() - 1.959964 * error), float(values.mean() + 1.959964 * error)]
+    error = 1.959964 * values.mean(dim=1).std() / math.sqrt(len(values))
+    return [float(values.mean() - error), float(values.mean() + error)]
 
 
 # ---- Rows and log-probabilities ------------------------------------------------------------------
@@ -1527,13 +1526,9 @@ def check_settings(cfg):
         "cost_confidence": 0.5,
         "cost_limit": -1e9,
         "margin": -1e9,
-        "beta": 1e-4,
-        "lambda_lr": 1e-9,
-        "learning_rate": 1e-9,
-        "sft_learning_rate": 1e-9,
     }
     for name, value in vars(cfg).items():
-        low = least.get(name, 1)
+        low = least.get(name, 1e-9 if isinstance(value, float) else 1)
         for number in value if isinstance(value, list) else [value]:
             if number == "":
                 refuse(f"--{name} is empty; leave it out, or name one")
@@ -1544,8 +1539,6 @@ def check_settings(cfg):
         refuse("--cost_confidence must be below 1")
     if cfg.margin is not None and cfg.cost_limit:
         refuse("give --cost_limit or --margin, not both")
-    if cfg.max_new_tokens >= cfg.max_length:
-        refuse("--max_new_tokens must be below --max_length")
     if cfg.reward_dataset and cfg.reward_model:
         refuse("give --reward_dataset or --reward_model")
     if cfg.method in IMPLICIT and (cfg.margin is None or cfg.reward_model or cfg.cost_model):
@@ -1571,10 +1564,7 @@ def read_dataset(source, seed):
     # Not by the library above: its cache may hold what was in the file before
     if kind == ".parquet":
         return parquet.read_table(path).to_pylist()
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if kind == ".csv":
-            return list(csv.DictReader(file))
-        text = file.read()
+    text = path.read_text(encoding="utf-8-sig")
     if kind != ".json":  # a row a line, as the reader's errors then count them
         text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
     return json.loads(text)
@@ -1614,9 +1604,6 @@ def check_tokenizer(tokenizer, prompts):
         raise ValueError("different texts have the same tokens: are tokenizer files missing?")
     if as_text(tokenizer, "x").startswith(2 * str(tokenizer.bos_token)):
         raise ValueError(f"its chat template begins twice, by {tokenizer.bos_token}")
-    template, end = tokenizer.get_chat_template(), tokenizer.eos_token
-    if end not in template and "eos_token" not in template:
-        say(f"warning: a chat template does not end an answer by {end}, as the policy will")
 
 
 def load_rows(cfg, tokenizer, flag, need, others=()):
@@ -1625,7 +1612,7 @@ def load_rows(cfg, tokenizer, flag, need, others=()):
     Each as its rows, [[Row, …], …]. The prompts of others, [[Row, …], …], are left out.
     """
     source, compared, prompts, counts = getattr(cfg, flag), {}, {}, Counter()
-    advice = "give a .json, .jsonl, .csv or .parquet file, a saved folder or a hub name"
+    advice = "give a .json, .jsonl or .parquet file, a saved folder or a hub name"
     with refusing(f"--{flag} {source}: cannot be read", advice):
         entries = list(read_dataset(source, cfg.seed))
     for number, entry in enumerate(entries, 1):
@@ -1738,13 +1725,10 @@ def check_model(cfg, kind, source, tokenizer, rows):
     """
     if not source.startswith("{") and transformers.utils.find_adapter_config_file(source):
         raise ValueError("it holds an adapter, which would be ignored: merge it into its weights")
-    new = cfg.max_new_tokens
     if kind in SCORE_MODELS:
         tokenizer = load_tokenizer(source)
         check_tokenizer(tokenizer, {row.prompt for row in rows})
-        read = as_read_by(tokenizer, rows)  # perhaps in finer tokens, as samples will be
-        new = math.ceil(new * sum(row.length for row in read) / sum(row.length for row in rows))
-        rows = read
+        rows = as_read_by(tokenizer, rows)
     model, vocabulary = load_model(source, kind), tokenizer.get_vocab()
     if getattr(model.config, "score_type", kind) not in kind:
         raise ValueError("its config calls it another score_type: are the two exchanged?")
@@ -1756,7 +1740,7 @@ def check_model(cfg, kind, source, tokenizer, rows):
         values = tensor.flatten().contiguous().view(torch.uint8).numpy()
         parts.append(hashlib.sha256(values).hexdigest())
 
-    lengths = [(len(row.ids[0]), max([new, *map(len, row.ids[1])])) for row in rows]
+    lengths = [(len(row.ids[0]), max([cfg.max_new_tokens, *map(len, row.ids[1])])) for row in rows]
     head, answer = max(lengths, key=sum)  # of the longest text, which may be a sample
     size, positions = model.get_input_embeddings().num_embeddings, positions_of(model)
     largest = max(vocabulary.values())

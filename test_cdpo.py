@@ -47,45 +47,9 @@ torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each o
 # ---- C-DPO in 30 lines ---------------------------------------------------------------------------
 
 
-def c_dpo(reward, cost, ref_logps, beta, cost_limit):
-    """Algorithm 1 for a policy that is a table of logits; r, c, log π_ref (prompts, responses)."""
-    lam = 0.0
-    logits = ref_logps.clone().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.05)
-    pairs = torch.combinations(torch.arange(cost.shape[1]))  # of responses to the same prompt
-
-    def of_pairs(values):
-        return values[:, pairs].flatten(0, 1)  # (prompts · pairs, 2)
-
-    for iteration in range(8):
-        prob = relabel(of_pairs(reward), of_pairs(cost), lam)  # (12)
-
-        for step in range(200):
-            logps = logits.log_softmax(dim=1)
-            loss = dpo_loss(of_pairs(logps), of_pairs(ref_logps), prob, beta)  # (13)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        logps = logits.detach().log_softmax(dim=1)
-        y = torch.multinomial(logps.exp(), 5000, replacement=True)  # samples of the policy
-        r, c, log_ratio = (x.gather(1, y) for x in (reward, cost, logps - ref_logps))
-        print(f"iteration {iteration}: λ {lam:.3f}, E[c] ≤ {estimate(c, 0.95):+.3f} at 95%")
-        lam = solve_dual(r, c, beta, cost_limit, log_ratio=log_ratio)  # (14), its minimum at once
-
-    return logps.exp(), lam
-
-
-def pasted(*functions):
-    """A project that has these functions and nothing else but torch and math."""
-    project = {"torch": torch, "math": math}
-    for function in functions:
-        exec(inspect.getsource(function), project)  # noqa: S102
-    return project
-
-
-def test_c_dpo_in_30_lines_from_the_pasted_functions_reaches_the_constrained_optimum():
-    project = pasted(relabel, dpo_loss, solve_dual, estimate, c_dpo)
+def test_the_readmes_c_dpo_in_30_lines_reaches_the_constrained_optimum():
+    readme, project = Path(__file__).with_name("README.md").read_text(encoding="utf-8"), {}
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], project)  # noqa: S102
     rng, beta, limit = np.random.default_rng(0), 0.5, 0.0
     reward, noise, log_ref = rng.normal(0, 1, (3, 8, 40))  # 8 prompts × 40 responses
     cost = 0.7 * reward + 0.7 * noise + 0.3  # what helps tends to harm
@@ -1054,13 +1018,12 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     data = datasets.Dataset.from_list(entries)
     (tmp_path / "a.json").write_text(json.dumps(entries))
     data.to_parquet(tmp_path / "a.parquet")
-    data.to_csv(tmp_path / "a.csv")
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
     expected = rows_from(written(tmp_path / "a.jsonl", entries))
     assert sum(len(row.compared) for row in itertools.chain(*expected)) == 40
     assert ["None", "null"] in [rows[0].responses for rows in expected]
-    for name in ("a.json", "a.parquet", "a.csv", "one", "splits/train"):
+    for name in ("a.json", "a.parquet", "one", "splits/train"):
         assert repr(rows_from(tmp_path / name)) == repr(expected), name
 
 
@@ -1167,12 +1130,12 @@ REFUSED = {  # flags: words of the message
     "--eval_prompts 1": "--eval_prompts is 1",
     "--cost_confidence 1": "--cost_confidence must be below 1",
     "--cost_limit 1 --margin 1": "--cost_limit or --margin",
-    "--max_length 6 --max_new_tokens 6": "--max_new_tokens must be below --max_length",
     "--method pecan": "pecan needs --margin",
     "--method pecan --margin 1 --reward_model COST": "pecan takes no --reward_model",
     "--reward_dataset tiny:400 --reward_model COST": "--reward_dataset or --reward_model",
     "--reward_dataset harm.jsonl": "--reward_dataset harm.jsonl, row 1: column better_response_id",
     "--dataset tiny:many": "--dataset tiny:many: cannot be read",
+    "--dataset answers.csv": "give a .json, .jsonl or .parquet file",
     "--dataset good.jsonl:train[:20]": "a file or saved folder has no splits",
     "--eval_dataset tiny:400": "too few different prompts",
     "--model /nowhere/model": "/nowhere/model",
@@ -1211,6 +1174,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     for name, (rows, _) in BAD_DATA.items():
         written(folder / f"{name}.jsonl", rows or [])
+    (folder / "answers.csv").write_text("prompt,response_0,response_1\na,b,c\n")
     (folder / "broken.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": \n')
     written(folder / "good.jsonl", many())
     written(folder / "harm.jsonl", many(better_response_id=...)[::-1])
