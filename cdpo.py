@@ -31,7 +31,7 @@ Equation numbers are those of 2403.02475. Where this program departs from the pa
     where the policy lags behind: no step size, but a cap on rises, and falls are halved. That is
     CAID, MoCAN iterated (Zhang et al., arXiv 2505.19387). (--lambda_step gradient is (14).)
  6. Policy and optimizer (AdamW, betas 0.9 and 0.95) are carried from one λ to the next, and the
-    learning rate falls over the second half of the loop.
+    learning rate falls over the last quarter of the loop.
  7. Each iteration also trains on the newest samples, of π_ref, then of the last iterate: what the
     policy now says, which offline pairs leave unguarded. So λ's prompts, kept out of the training
     rows, are trained on by way of samples, and what is measured there for λ and the choice of the
@@ -351,10 +351,10 @@ def sequence_logps(model, batch):
     """log π(y | x) of each response of a batch of collate_rows: sums over tokens, nats, (N,).
 
     Float32, differentiable. model: a causal LM of transformers under SDPA attention, on the batch's
-    device. Silently wrong
-    where a sliding window is shorter than a row, where logits are scaled or capped (Gemma-2), or
-    under eager or flash attention: try one row both ways first. Only hidden states that predict
-    response tokens meet the vocabulary, in chunks: no (tokens × vocabulary) tensor is ever whole.
+    device. Silently wrong where a sliding window is shorter than a row, where logits are scaled or
+    capped (Gemma-2), or under eager or flash attention: try one row both ways first. Only hidden
+    states that predict response tokens meet the vocabulary, in chunks: no (tokens × vocabulary)
+    tensor is ever whole.
     """
     hidden = model.base_model(
         batch["input_ids"],
@@ -523,7 +523,7 @@ def constrained_dpo(run, rows, dual, cost_limit, lam):
         history = list(map(json.loads, (run.out / "metrics.jsonl").open()))
         return history[history[-1]["kept"]]["lambda"]
 
-    # From π_ref; one optimizer and one schedule for the whole loop: its second half falls to 0
+    # From π_ref; one optimizer and one schedule for the whole loop: its last quarter falls to 0
     policy, data = start_training(run, "policy", rows)  # and the rows of each step
     history, sampled = [], []  # what was measured, a line of metrics.jsonl each; what was sampled
     newest = dual
@@ -764,12 +764,13 @@ def add_low_rank(layer, args, output):
 def start_training(run, name, rows):
     """The model of a stage, as Responses with an optimizer: --model for SFT, else the reference.
 
-    Its learning rate: 10 steps up, constant, to 0 over the second half. And the rows of its steps.
+    Its learning rate: 10 steps up, constant, to 0 over the second half; a policy's, which follows λ
+    as long as λ moves, over the last quarter. And the rows of its steps.
     """
     cfg = run.cfg
-    steps, rate = cfg.iterations * cfg.dpo_steps, cfg.learning_rate  # of all of Algorithm 1
+    steps, rate, fall = cfg.iterations * cfg.dpo_steps, cfg.learning_rate, 4  # all of Algorithm 1
     if name in ("sft", *SCORE_MODELS):  # score models overfit in a second pass
-        steps, rate = math.ceil(len(rows) / cfg.batch_size), cfg.sft_learning_rate
+        steps, rate, fall = math.ceil(len(rows) / cfg.batch_size), cfg.sft_learning_rate, 2
     gc.collect()  # the last model and its FSDP state are reference cycles: 27 GB of weights at 7B
     if GPU:
         torch.cuda.empty_cache()  # what one stream has freed another cannot use
@@ -798,7 +799,7 @@ def start_training(run, name, rows):
         trained.parameters(), rate, (0.9, 0.95), weight_decay=0.0, fused=True
     )
     trained.scheduler = torch.optim.lr_scheduler.LambdaLR(
-        trained.optimizer, lambda done: min(1.0, (done + 1) / 10, 2 - 2 * done / steps)
+        trained.optimizer, lambda done: min(1.0, (done + 1) / 10, fall - fall * done / steps)
     )
     return trained, passes(cfg, rows, steps, name)
 
@@ -1255,6 +1256,7 @@ def export(run, model, path):
             value = value.float() + change
         if "lora" not in name:
             state[name] = value.to(getattr(torch, run.cfg.dtype)).contiguous()
+            del whole[name]  # or a model is twice in host memory
 
     end = run.tokenizer.eos_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=end, do_sample=True)

@@ -743,6 +743,9 @@ def test_a_step_is_that_of_a_textbook_loop_however_it_is_cut(tmp_path):
         assert (one - other).norm() < 0.001 * (one - first).norm()
     shares = [trainee.scheduler.lr_lambdas[0](step) for step in (0, 1, 9, 25, 40, 60, 79)]
     assert shares == pytest.approx([0.1, 0.2, 1.0, 1.0, 1.0, 0.5, 0.025])  # falls to 0
+    policy, steps = cdpo.start_training(run, "policy", rows)  # later, as λ is to have settled
+    shares = [policy.scheduler.lr_lambdas[0](step) for step in (0, 9, 375, 450, 499)]
+    assert len(steps) == 500 and shares == pytest.approx([0.1, 1.0, 1.0, 0.4, 0.008])
 
 
 def test_micro_batches_keep_their_padded_tokens_within_the_budget():
