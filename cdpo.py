@@ -6,7 +6,7 @@ C-DPO (Liu, Sun, Zheng, arXiv 2403.02475) solves this without reinforcement lear
 reward r (helpfulness) and a cost c (harm) from preference pairs; for a multiplier λ relabel the
 pairs by r − λ·c; fit the policy to the relabelled pairs with DPO; sample from it and measure its
 cost; move λ up if the cost is over the limit and down if it is under; repeat. MoCAN and PeCAN
-(Huang et al., arXiv 2405.19544) find λ before any training, in closed form on samples of π_ref.
+(Huang et al., arXiv 2405.19544) need no loop: the dual is known in closed form on samples of π_ref.
 
     python cdpo.py --config tiny_config.json                   # the whole method on a laptop
     python cdpo.py --model meta-llama/Llama-2-7b-hf            # one GPU, LoRA
@@ -23,13 +23,14 @@ Equation numbers are those of 2403.02475. Where this program departs from the pa
  1. Labels of (12) are not drawn: the loss is their expectation, the same objective without the
     noise of labels. (--labels sample draws them.)
  2. SFT is on both responses of each pair: π_ref is the distribution that they were drawn from, as
-    the derivation of DPO assumes.
+    in DPO's own setting.
  3. DPO compares all responses to a prompt, not only those that annotators did: (12) labels any
     pair by its scores, at no more cost than that of the responses. (--no_all_pairs)
  4. λ starts at the minimum of the dual (9) on samples of π_ref: MoCAN, capped. (--lambda_init)
  5. λ moves to the minimum of the dual on the samples of all iterates, reweighted, and above it
     where the policy lags behind: no step size, but a cap on rises, and falls are halved. That is
-    CAID, MoCAN iterated (Zhang et al., arXiv 2505.19387). (--lambda_step gradient is (14).)
+    CAID, MoCAN iterated (Zhang et al., arXiv 2505.19387); with PeCAN's implicit r and c it is
+    PeCAID. (--lambda_step gradient is (14).)
  6. Policy and optimizer (AdamW, betas 0.9 and 0.95) are carried from one λ to the next, and the
     learning rate falls over the last quarter of the loop.
  7. Each iteration also trains on the newest samples, of π_ref, then of the last iterate: what the
@@ -92,9 +93,8 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 class Config:
     """Every setting of a run, read from the command line or from a JSON file (--config)."""
 
-    method: Literal["cdpo", "mocan", "pecaid", "pecan", "dpo", "sft"] = (
-        "cdpo"  # and pecaid: the loop; mocan, pecan: one fit at the first λ
-    )
+    # cdpo, pecaid: Algorithm 1; mocan, pecan: one fit, at the first λ; dpo: at λ = 0; sft: π_ref
+    method: Literal["cdpo", "mocan", "pecaid", "pecan", "dpo", "sft"] = "cdpo"
     model: str = "meta-llama/Llama-2-7b-hf"  # hub name, folder, or JSON dictionary to build
     dataset: str = "PKU-Alignment/PKU-SafeRLHF-30K"  # hub name, file or folder; NAME:SPLIT
     output_dir: str = "cdpo_output"  # all is written here; the same command goes on from it
@@ -116,7 +116,7 @@ class Config:
     labels: Literal["soft", "sample", "hard"] = "soft"  # labels of (12): mean, draw, likelier
     all_pairs: bool = True  # DPO on all pairs of a prompt's responses; no: on the dataset's
     cost_limit: float = 0.0  # C_limit: the expected cost may not exceed it
-    margin: float | None = None  # state the limit as E_ref[cost] − margin instead
+    margin: float | None = None  # the limit is E_ref[cost] − margin: PeCAN's costs have no zero
     cost_confidence: float = 0.5  # level at which the cost meets the limit; 0.5: its mean
     lambda_init: float | None = None  # first λ; default: solves the dual on π_ref
     lambda_step: Literal["solve", "gradient", "fixed"] = "solve"  # how λ moves; (14): gradient
@@ -412,9 +412,10 @@ class Row:
     def weight(self):
         """Its weight in the mean over a step: P, or m/2 for m samples, which make m/2 couples.
 
-        So a sample counts as a response does that is in one pair, however many pairs (13) forms. A
-        default step has 32 rows of the dataset, and of couples at first 40 (500 prompts, 16 samples
-        each, in 100 steps), later 10.
+        The same in all stages (one that learns from labels has them for all pairs). So a sample
+        counts as a response does that is in one pair, however many pairs (13) forms. A default step
+        has 32 rows of the dataset, and of couples at first 40 (500 prompts, 16 samples each, in 100
+        steps), later 10.
         """
         return len(self.compared) or len(self.responses) / 2
 
@@ -512,21 +513,21 @@ def pairs_of(row, all_pairs):
 # ---- The method ----------------------------------------------------------------------------------
 
 
-def constrained_dpo(run, rows, dual, cost_limit, lam):
+def constrained_dpo(run, rows, ref_samples, cost_limit, lam):
     """Algorithm 1, and with implicit scores PeCAID: relabel, fit, sample, step λ. → λ of policy/.
 
-    rows: to train on, with scores; dual: Samples of π_ref; cost_limit: --cost_limit or, where
-    --margin is given, the mean cost of dual less it; lam: the first λ.
+    rows: to train on, with scores; ref_samples: Samples of π_ref; cost_limit: --cost_limit or,
+    where --margin is given, the mean cost of ref_samples less it; lam: the first λ.
     """
     cfg, iterate, best = run.cfg, run.out / "iterate", run.out / "best"
-    if (run.out / "policy").exists():  # the loop is one stage: finished, or begun again
+    if (run.out / "policy").exists():  # finished: the loop is one stage, and is not gone into again
         history = list(map(json.loads, (run.out / "metrics.jsonl").open()))
         return history[history[-1]["kept"]]["lambda"]
 
     # From π_ref; one optimizer and one schedule for the whole loop: its last quarter falls to 0
-    policy, data = start_training(run, "policy", rows)  # and the rows of each step
+    policy, data = start_training(run, "policy", rows)  # data: the rows of each of all its steps
     history, sampled = [], []  # what was measured, a line of metrics.jsonl each; what was sampled
-    newest = dual
+    newest = ref_samples
 
     for iteration in range(cfg.iterations):
         started = time.perf_counter()
@@ -574,24 +575,24 @@ def next_lambda(cfg, history, sampled, cost_limit):
         return lambda_step(lam, torch.tensor(bound), cost_limit, cfg.lambda_lr)  # (14)
 
     # With weights ∝ π_λ/π, (11), samples of any policy π stand for those of π_λ, the better, the
-    # nearer π is: so those of all iterates do, and π_ref's are left out
+    # nearer π is: so those of all iterates do, and π_ref's, the farthest, are left out
     _, *scores = zip(*sampled)
     pooled = [torch.cat(values, dim=1) for values in scores]  # reward, cost, log_ratio
 
     # Not the mean but its bound is to meet the limit: aim lower by the width between the two
     target = cost_limit - (bound - history[-1]["cost_mean"])
-    converged = closed_form(cfg, lam, pooled, target)
-    with_feedback = closed_form(cfg, lam, pooled, target - lasting_gap(cfg, history, pooled))
+    converged = capped_dual(cfg, lam, pooled, target)
+    with_feedback = capped_dual(cfg, lam, pooled, target - lasting_gap(cfg, history, pooled))
 
-    # Errors are to be on the safe side: λ rises at once, to the cap, and falls by half of the way
+    # Errors are to be on the safe side: λ rises at once, up to the cap, and falls by half the way
     return max(with_feedback, (lam + converged) / 2)
 
 
-def closed_form(cfg, lam, scores, cost_limit):
+def capped_dual(cfg, lam, scores, cost_limit):
     """solve_dual on (reward, cost, log_ratio), but no leap from lam on the word of few samples.
 
-    Where they barely reach the limit, or do not, λ would be anything. It is at most 1.5·lam and
-    2·ratio together (chosen factors); at λ = ratio cost weighs as much as reward. Monotone in the
+    Where they barely reach the limit, or do not, λ would be anything. It is at most
+    1.5·lam + 2·ratio (chosen factors); at λ = ratio cost weighs as much as reward. Monotone in the
     limit.
     """
     reward, cost, log_ratio = scores
@@ -628,7 +629,7 @@ def best_iterate(cfg, history, sampled, cost_limit):
     if len(history) == 1:
         return 0
     kept = history[-2]["kept"]
-    price = 1 + 2 * max(entry["lambda"] for entry in history)  # above λ*, no violation pays
+    price = 1 + 2 * max(entry["lambda"] for entry in history)  # exact for a price above λ*
 
     objectives = [(by.reward - cfg.beta * by.log_ratio).mean(dim=1) for by in sampled]  # (n,) each
     excesses = [max(0.0, entry["cost_bound"] - cost_limit) for entry in history]
@@ -646,26 +647,28 @@ def with_samples(steps, rows):
 
 def pecan_stages(run):
     """PeCAN (2405.19544): r and −c are implicit in two policies, fitted to people's labels."""
-    helpful = "helpful", run.reward_rows, "helpful", 1.0  # the chosen one stands first
-    safe = "safe", run.train_rows, "harmful", 0.0  # the worse one
+    # Policy, rows, the field of Row with the pairs, P(first ≻ second) there
+    helpful = "helpful", run.reward_rows, "helpful", 1.0  # first is the chosen one
+    safe = "safe", run.train_rows, "harmful", 0.0  # first is the worse one
     for name, rows, labels, prob in (helpful, safe):
         if not (run.out / name).exists():
-            for row, logps in per_row(values_of(run, "sft", rows), rows):
-                row.ref_logps = logps
+            for row, ref_logps in per_row(values_of(run, "sft", rows), rows):
+                row.ref_logps = ref_logps
         fit_stage(run, name, rows, labelled_dpo(run.cfg, labels, prob))
 
 
-def first_lambda(cfg, dual, cost_limit):
+def first_lambda(cfg, ref_samples, cost_limit):
     """λ at the minimum of the dual (9) on samples of π_ref; says what it promises there."""
     lam = cfg.lambda_init
     if lam is None:
         with refusing("no first λ", "raise the limit, lower --beta, or draw more --dual_samples"):
-            lam = solve_dual(dual.reward, dual.cost, cfg.beta, cost_limit)
-        # Where none up to 100 meets the limit on π_ref's samples, the run has ended. A loop starts
-        # at the same λ, but with the cap: a first guess must not spoil it
+            lam = solve_dual(ref_samples.reward, ref_samples.cost, cfg.beta, cost_limit)
+        # A limit out of π_ref's reach has ended the run, as a wrong setting. A loop starts at the
+        # same λ, but with the cap: a first guess must not spoil it
         if cfg.method in ("cdpo", "pecaid"):
-            lam = closed_form(cfg, 0.0, dual[1:], cost_limit)
-    report(cfg, dual, lam, "π_ref:")
+            _, *scores = ref_samples  # reward, cost, log_ratio of 0
+            lam = capped_dual(cfg, 0.0, scores, cost_limit)
+    report(cfg, ref_samples, lam, "π_ref:")
     return lam
 
 
@@ -685,18 +688,18 @@ def all_stages(run):
         )
         score_model_stage(run, "cost_model", "harmful", run.train_rows, run.table_rows, harm_loss)
 
-    dual, rows, cost_limit = scores_stage(run), run.train_rows, cfg.cost_limit
+    ref_samples, rows, cost_limit = scores_stage(run), run.train_rows, cfg.cost_limit
     if cfg.margin is not None:
-        cost_limit = float(dual.cost.mean()) - cfg.margin
+        cost_limit = float(ref_samples.cost.mean()) - cfg.margin
 
     policies = {"SFT": ("sft", None)}  # rows of the table: stage, λ
     name = {"mocan": "MoCAN", "pecan": "PeCAN", "pecaid": "PeCAID", "cdpo": "C-DPO", "dpo": "DPO"}
     if cfg.method == "sft":
         export(run, load_model(run.source("sft"), "sft", cfg.dtype), run.out / "policy")
     else:  # DPO is of the score models' labels here, as (12) gives them for λ = 0
-        lam = 0.0 if cfg.method == "dpo" else first_lambda(cfg, dual, cost_limit)
+        lam = 0.0 if cfg.method == "dpo" else first_lambda(cfg, ref_samples, cost_limit)
         if cfg.method in ("cdpo", "pecaid"):
-            lam = constrained_dpo(run, rows, dual, cost_limit, lam)
+            lam = constrained_dpo(run, rows, ref_samples, cost_limit, lam)
         policies[name[cfg.method]] = "policy", lam
     for lam in cfg.lambdas or ():
         title = f"λ = {lam:.9g}" if lam else "DPO"
@@ -705,7 +708,7 @@ def all_stages(run):
     for stage, lam in policies.values():
         if lam is not None:  # λ is known: one fit, as many steps as all of Algorithm 1
             fit_stage(run, stage, rows, relabelled_dpo(cfg, lam, stage))
-    evaluate(run, policies, dual, cost_limit)
+    evaluate(run, policies, ref_samples, cost_limit)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -1040,10 +1043,11 @@ def scores_stage(run):
     path, rows = run.out / "scores.pt", run.train_rows
     if not path.exists():
         scores = score(run, rows)
-        dual = measure(run, "sft", run.dual_rows, run.cfg.dual_samples, "dual")
+        ref_samples = measure(run, "sft", run.dual_rows, run.cfg.dual_samples, "dual")
         with atomic(path) as temporary:
             if RANK == 0:
-                torch.save([scores, list(map(vars, dual.rows)), *dual[1:]], temporary)
+                dual_rows = list(map(vars, ref_samples.rows))
+                torch.save([scores, dual_rows, *ref_samples[1:]], temporary)
     scores, sampled, *of_dual = torch.load(path, weights_only=True)
     for row, values in per_row(scores, rows):
         row.reward, row.cost, row.ref_logps = values
@@ -1085,7 +1089,7 @@ def numbers_of(run, samples):
     return numbers
 
 
-def evaluate(run, policies, dual, cost_limit):
+def evaluate(run, policies, ref_samples, cost_limit):
     """Measure policies {name: (stage, λ)} on the table's prompts; write and print the table."""
     results, lines, verdicts = [], [], []
     for name, (stage, lam) in policies.items():
@@ -1093,7 +1097,8 @@ def evaluate(run, policies, dual, cost_limit):
         result = {"name": name, "lambda": lam} | numbers_of(run, samples)
         results.append(result)
         if lam is not None:
-            promised = predict(dual.reward, dual.cost, lam, run.cfg.beta)  # before any training
+            # Before any training
+            promised = predict(ref_samples.reward, ref_samples.cost, lam, run.cfg.beta)
             result["predicted_cost"] = promised["cost"]
             low, high = result["cost_ci95"]
             shown = {high <= cost_limit: "met", low > cost_limit: "broken"}
@@ -1613,35 +1618,29 @@ def load_rows(cfg, tokenizer, flag, need, others=()):
 
     Each as its rows, [[Row, …], …]. The prompts of others, [[Row, …], …], are left out.
     """
-    source, compared, prompts, counts = getattr(cfg, flag), {}, {}, Counter()
+    source, prompts, counts = getattr(cfg, flag), {}, Counter()
     advice = "give a .json, .jsonl or .parquet file, a saved folder or a hub name"
     with refusing(f"--{flag} {source}: cannot be read", advice):
         entries = list(read_dataset(source, cfg.seed))
     for number, entry in enumerate(entries, 1):
         with refusing(f"--{flag} {source}, row {number}", f"needed: {', '.join(need)}"):
-            prompt, *pair = read_row(entry, need)
-            compared.setdefault(prompt, []).append(pair)
-    check_tokenizer(tokenizer, compared)
-
-    for prompt, pairs in compared.items():
-        texts = dict.fromkeys(chain(*(texts for texts, _ in pairs)))
+            prompt, texts, labels = read_row(entry, need)
         head, answers = encode(tokenizer, prompt, texts, cfg.max_length, counts)
         # What is scored and compared is what the policy has of a text: as its tokens say, and cut
-        spoken = {text: (said(tokenizer, ids), ids) for text, ids in zip(texts, answers)}
-        for texts, labels in pairs:
-            pair = dict(map(spoken.get, texts))
-            if len(head) >= cfg.max_length:
-                counts["with a prompt that fills --max_length"] += 1
-            elif not all(map(str.strip, [prompt, *pair])):
-                counts["with an empty prompt or response"] += 1
-            elif len(pair) < len(texts):
-                counts["of identical responses"] += 1
-            elif labels[1:] in ([0, 0, 1], [1, 1, 0]):  # which is safer, whether each is safe
-                counts["whose safer response is unsafe beside a safe one"] += 1
-            else:
-                counts["used"] += 1
-                *_, usable = prompts.setdefault(str(head), (prompt, head, []))
-                usable.append((pair, labels))
+        pair = {said(tokenizer, ids): ids for ids in answers}
+        if len(head) >= cfg.max_length:
+            counts["with a prompt that fills --max_length"] += 1
+        elif not all(map(str.strip, [prompt, *pair])):
+            counts["with an empty prompt or response"] += 1
+        elif len(pair) < len(texts):
+            counts["of identical responses"] += 1
+        elif labels[1:] in ([0, 0, 1], [1, 1, 0]):  # which is safer, whether each is safe
+            counts["whose safer response is unsafe beside a safe one"] += 1
+        else:
+            counts["used"] += 1
+            *_, usable = prompts.setdefault(str(head), (prompt, head, []))
+            usable.append((pair, labels))
+    check_tokenizer(tokenizer, {entry["prompt"] or "" for entry in entries})
 
     notes = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
     say(f"{source}: {len(entries)} rows of {len(prompts)} prompts: {notes}")

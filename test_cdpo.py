@@ -580,7 +580,7 @@ def test_lambda_never_falls_with_the_limit_nor_leaps_where_it_is_barely_feasible
     lowest, ratio = float(cost.amin(1).mean()), float(reward.std(1).mean() / cost.std(1).mean())
     above = [2.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, -1e-6, -1e-4, -0.1, -10.0]
     for lam in (0.0, 1.0, 3.0):
-        found = [cdpo.closed_form(cfg, lam, scores, lowest + x) for x in above]
+        found = [cdpo.capped_dual(cfg, lam, scores, lowest + x) for x in above]
         cap = 1.5 * lam + 2 * ratio  # up by half, and by twice the λ of equal weights
         assert found == sorted(found) and found[-4:] == pytest.approx([cap] * 4)
         exact = [bisected_lambda(reward.numpy(), cost.numpy(), 0.1, lowest + x) for x in above[:3]]
