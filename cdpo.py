@@ -61,7 +61,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -259,18 +258,14 @@ def predict(reward, cost, lam, beta, log_ratio=None):
 
     reward, cost, log_ratio (n, m) as in solve_dual → dict: reward, cost; ess, the mean effective
     sample size of a prompt: near 1 the weights rest on one sample, and all these numbers mean
-    little; kl, KL(π_λ ‖ the samples' policy) as the weights show it, which m samples cannot show
-    above log m.
+    little.
     """
     log_ratio = torch.zeros_like(cost) if log_ratio is None else log_ratio
     weights = torch.softmax((reward.double() - lam * cost) / beta - log_ratio, dim=1)
-    entropy = -torch.special.xlogy(weights, weights).sum(dim=1).mean()
-
     return {
         "reward": float((weights * reward).sum(dim=1).mean()),
         "cost": float((weights * cost).sum(dim=1).mean()),
         "ess": float((1 / (weights**2).sum(dim=1)).mean()),
-        "kl": math.log(cost.shape[1]) - float(entropy),
     }
 
 
@@ -741,7 +736,6 @@ def add_lora(model, rank):
     y = W·x + (α/r)·B(A·x) (Hu et al., arXiv 2106.09685). B is 0 at first: the model is unchanged.
     """
     model.requires_grad_(False)
-    adapted = 0
     for layer in blocks_of(model).modules():
         if isinstance(layer, nn.Linear | Conv1D):
             outputs, inputs = layer.weight.shape
@@ -751,8 +745,6 @@ def add_lora(model, rank):
             layer.lora_b = nn.Parameter(torch.zeros(outputs, rank))
             nn.init.kaiming_uniform_(layer.lora_a, math.sqrt(5))
             layer.register_forward_hook(add_low_rank)
-            adapted += layer.weight.numel()
-    say(f"LoRA of rank {rank} beside {adapted:,} of {model.num_parameters():,} weights")
     if isinstance(model, ScoreModel):
         model.score_head.float().requires_grad_(True)
 
@@ -1044,10 +1036,8 @@ def scores_stage(run):
     if not path.exists():
         scores = score(run, rows)
         ref_samples = measure(run, "sft", run.dual_rows, run.cfg.dual_samples, "dual")
-        with atomic(path) as temporary:
-            if RANK == 0:
-                dual_rows = list(map(vars, ref_samples.rows))
-                torch.save([scores, dual_rows, *ref_samples[1:]], temporary)
+        found = [scores, list(map(vars, ref_samples.rows)), *ref_samples[1:]]
+        atomic(path, lambda temporary: torch.save(found, temporary))
     scores, sampled, *of_dual = torch.load(path, weights_only=True)
     for row, values in per_row(scores, rows):
         row.reward, row.cost, row.ref_logps = values
@@ -1055,10 +1045,7 @@ def scores_stage(run):
 
 
 def report(cfg, samples, lam, title):
-    """Say what samples show, and what they promise of π_λ: it is narrower than the policy sampled.
-
-    Its weights may rest on single samples, and m samples cannot show a KL above log m.
-    """
+    """Say what samples show, and what they promise of π_λ: its weights may rest on few of them."""
     rows, reward, cost, log_ratio = samples
     found = predict(reward, cost, lam, cfg.beta, log_ratio)
     low, high = ci95(cost)
@@ -1153,7 +1140,7 @@ class ScoreModel(transformers.PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = AutoModel.from_config(config, trust_remote_code=False)
+        self.model = AutoModel.from_config(config)
         self.score_head = nn.Linear(self.model.get_input_embeddings().embedding_dim, 1)
         if getattr(config, "do_normalize", False):
             self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
@@ -1224,10 +1211,10 @@ def load_model(source, kind="model", dtype=None, new_head=False):
         return ScoreModel.from_pretrained(source, dtype, new_head)
     config = load_config(source)
     if str(source).startswith("{"):
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return made.eval()
     model, info = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        source, config=config, dtype=dtype, output_loading_info=True
     )
     if info["missing_keys"]:
         raise ValueError(f"it is no causal LM, it has no {min(info['missing_keys'])}")
@@ -1265,12 +1252,14 @@ def export(run, model, path):
 
     end = run.tokenizer.eos_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=end, do_sample=True)
-    with atomic(path) as folder:
-        if RANK == 0:
-            model.save_pretrained(folder, state_dict=state)
-            model.config.dtype = run.cfg.dtype  # not the master weights'
-            model.config.save_pretrained(folder)
-            run.tokenizer.save_pretrained(folder)
+
+    def save(folder):
+        model.save_pretrained(folder, state_dict=state)
+        model.config.dtype = run.cfg.dtype  # not the master weights'
+        model.config.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+
+    atomic(path, save)
 
 
 # ---- Text and tokens -----------------------------------------------------------------------------
@@ -1439,13 +1428,13 @@ def gather(value):
     return values
 
 
-@contextmanager
-def atomic(path):
-    """Yield a temporary name that becomes `path` at the end: it is whole or absent."""
+def atomic(path, save):
+    """Have process 0 save(a temporary name), which then becomes `path`: it is whole or absent."""
     temporary = path.with_name(path.name + ".tmp")
     remove(temporary)
-    with refusing(f"{path} cannot be written", "make room; the same command goes on", code=1):
-        yield temporary
+    if RANK == 0:
+        with refusing(f"{path} cannot be written", "make room; the same command goes on", code=1):
+            save(temporary)
     move(temporary, path)
 
 
@@ -1469,9 +1458,7 @@ def write(path, value):
     text = json.dumps(value, indent=2)
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in value)
-    with atomic(path) as temporary:
-        if RANK == 0:
-            temporary.write_text(text, encoding="utf-8")
+    atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # ---- The gate ------------------------------------------------------------------------------------
@@ -1878,8 +1865,6 @@ def main(argv=None):
     cfg = parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    torch.set_float32_matmul_precision("high")
     if GPU:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # shapes vary
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -1889,7 +1874,6 @@ def main(argv=None):
     if GPU or WORLD > 1 or cfg.dtype == "bfloat16":
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if GPU else "gloo",
-            timeout=timedelta(hours=4),  # while process 0 writes a model
             rank=RANK,
             world_size=WORLD,
             store=dist.HashStore() if WORLD == 1 else None,
