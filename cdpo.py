@@ -1214,7 +1214,7 @@ def load_model(source, kind="model", dtype=None, new_head=False):
         made = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return made.eval()
     model, info = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype, output_loading_info=True
+        source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
     if info["missing_keys"]:
         raise ValueError(f"it is no causal LM, it has no {min(info['missing_keys'])}")

@@ -1253,7 +1253,7 @@ def test_what_is_near_to_that_passes_but_not_if_responses_see_each_other(files, 
             cdpo.gate(cdpo.parse([*FEW, *flags]))
 
 
-@pytest.mark.parametrize("kind", ["llama", "unknown"])  # of transformers' own; of the code alone
+@pytest.mark.parametrize("kind", ["llama", "t5", "unknown"])  # one decoder
 def test_code_that_comes_with_a_model_never_runs(kind, tmp_path, capsys, monkeypatch):
     given(tmp_path / "model")
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import LlamaConfig as C"
