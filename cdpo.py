@@ -1513,10 +1513,8 @@ def check_settings(cfg):
         "lora_rank": 0,
         "lambda_init": 0,
         "lambdas": 0,
-        "lambda_prompts": 2,
         "lambda_samples": 2,
         "dual_samples": 2,
-        "eval_prompts": 2,
         "cost_confidence": 0.5,
         "cost_limit": -1e9,
         "margin": -1e9,
@@ -1700,7 +1698,8 @@ def load_run(cfg, tokenizer):
     if min(sizes) < 2:
         refuse(
             f"too few different prompts, {sizes}: give 10 or more, not all the table's; see "
-            "--dataset, --reward_dataset, --eval_dataset and --max_steps"
+            "--dataset, --reward_dataset, --eval_dataset, --lambda_prompts, --eval_prompts, "
+            "--max_steps"
         )
     rows = [list(chain(*part))[:most] for part in parts]
     return Run(cfg, Path(cfg.output_dir), tokenizer, *rows)
