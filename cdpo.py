@@ -54,13 +54,13 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import sys
 import time
+from bisect import bisect
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -134,7 +134,7 @@ class Config:
     lora_rank: int = 64  # rank of the adapters (LoRA); 0 trains every weight
     learning_rate: float = 1e-5  # of DPO, at its highest; with --lora_rank 0 rather 1e-6
     sft_learning_rate: float = 1e-4  # of SFT, reward and cost; with --lora_rank 0 rather 1e-5
-    max_steps: int | None = None  # bound a stage, and dpo_steps, to so few
+    max_steps: int = 10**9  # bound a stage, and dpo_steps, to so few
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if GPU else "float32"  # of compute
     gradient_checkpointing: bool = GPU  # recompute activations in backward, to save memory
     eval_prompts: int = 2000  # prompts of the final table, a fifth of the dataset's at most
@@ -212,8 +212,7 @@ def dual_value(reward, cost, lam, beta, cost_limit):
     For the reader: the program needs only where it is least, solve_dual.
     """
     exponent = (reward - lam * (cost - cost_limit)) / beta
-    samples = exponent.new_tensor(exponent.shape[1])
-    return beta * (torch.logsumexp(exponent, dim=1) - torch.log(samples)).mean()
+    return beta * (torch.logsumexp(exponent, dim=1) - math.log(exponent.shape[1])).mean()
 
 
 def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0, log_ratio=None):
@@ -508,11 +507,11 @@ def pairs_of(row, all_pairs):
 # ---- The method ----------------------------------------------------------------------------------
 
 
-def constrained_dpo(run, rows, ref_samples, cost_limit, lam):
+def constrained_dpo(run, ref_samples, cost_limit, lam):
     """Algorithm 1, and with implicit scores PeCAID: relabel, fit, sample, step λ. → λ of policy/.
 
-    rows: to train on, with scores; ref_samples: Samples of π_ref; cost_limit: --cost_limit or,
-    where --margin is given, the mean cost of ref_samples less it; lam: the first λ.
+    ref_samples: Samples of π_ref; cost_limit: --cost_limit or, where --margin is given, the mean
+    cost of ref_samples less it; lam: the first λ.
     """
     cfg, iterate, best = run.cfg, run.out / "iterate", run.out / "best"
     if (run.out / "policy").exists():  # finished: the loop is one stage, and is not gone into again
@@ -520,7 +519,7 @@ def constrained_dpo(run, rows, ref_samples, cost_limit, lam):
         return history[history[-1]["kept"]]["lambda"]
 
     # From π_ref; one optimizer and one schedule for the whole loop: its last quarter falls to 0
-    policy, data = start_training(run, "policy", rows)  # data: the rows of each of all its steps
+    policy, data = start_training(run, "policy", run.train_rows)  # data: each step's rows
     history, sampled = [], []  # what was measured, a line of metrics.jsonl each; what was sampled
     newest = ref_samples
 
@@ -683,7 +682,7 @@ def all_stages(run):
         )
         score_model_stage(run, "cost_model", "harmful", run.train_rows, run.table_rows, harm_loss)
 
-    ref_samples, rows, cost_limit = scores_stage(run), run.train_rows, cfg.cost_limit
+    ref_samples, cost_limit = scores_stage(run), cfg.cost_limit
     if cfg.margin is not None:
         cost_limit = float(ref_samples.cost.mean()) - cfg.margin
 
@@ -694,7 +693,7 @@ def all_stages(run):
     else:  # DPO is of the score models' labels here, as (12) gives them for λ = 0
         lam = 0.0 if cfg.method == "dpo" else first_lambda(cfg, ref_samples, cost_limit)
         if cfg.method in ("cdpo", "pecaid"):
-            lam = constrained_dpo(run, rows, ref_samples, cost_limit, lam)
+            lam = constrained_dpo(run, ref_samples, cost_limit, lam)
         policies[name[cfg.method]] = "policy", lam
     for lam in cfg.lambdas or ():
         title = f"λ = {lam:.9g}" if lam else "DPO"
@@ -702,7 +701,7 @@ def all_stages(run):
 
     for stage, lam in policies.values():
         if lam is not None:  # λ is known: one fit, as many steps as all of Algorithm 1
-            fit_stage(run, stage, rows, relabelled_dpo(cfg, lam, stage))
+            fit_stage(run, stage, run.train_rows, relabelled_dpo(cfg, lam, stage))
     evaluate(run, policies, ref_samples, cost_limit)
 
 
@@ -723,7 +722,7 @@ class Responses(nn.Module):
 
     def forward(self, batch):
         if isinstance(self.inner, ScoreModel):
-            return self.inner(**batch).clone()
+            return self.inner(**batch)
         return sequence_logps(self.inner, batch)
 
 
@@ -736,14 +735,13 @@ def add_lora(model, rank):
     y = W·x + (α/r)·B(A·x) (Hu et al., arXiv 2106.09685). B is 0 at first: the model is unchanged.
     """
     model.requires_grad_(False)
-    for layer in blocks_of(model).modules():
+    for layer in list(blocks_of(model).modules()):
         if isinstance(layer, nn.Linear | Conv1D):
             outputs, inputs = layer.weight.shape
             if isinstance(layer, Conv1D):
                 outputs, inputs = inputs, outputs
-            layer.lora_a = nn.Parameter(torch.empty(rank, inputs))
+            layer.lora_a = nn.Linear(inputs, rank, bias=False)
             layer.lora_b = nn.Parameter(torch.zeros(outputs, rank))
-            nn.init.kaiming_uniform_(layer.lora_a, math.sqrt(5))
             layer.register_forward_hook(add_low_rank)
     if isinstance(model, ScoreModel):
         model.score_head.float().requires_grad_(True)
@@ -753,7 +751,7 @@ def add_low_rank(layer, args, output):
     """The hook of add_lora: what a linear layer gives, and (α/r)·B(A·x)."""
     if isinstance(output, tuple):  # of a router of experts, which stays as it is
         return output
-    return output + LORA_SCALE * (args[0] @ layer.lora_a.T @ layer.lora_b.T)
+    return output + LORA_SCALE * (layer.lora_a(args[0]) @ layer.lora_b.T)
 
 
 def start_training(run, name, rows):
@@ -771,23 +769,22 @@ def start_training(run, name, rows):
         torch.cuda.empty_cache()  # what one stream has freed another cannot use
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(cfg.seed)  # of a new head, of adapters, or of a model from scratch
-    source = cfg.model if name == "sft" else run.source("sft")
+    source = run.source("model" if name == "sft" else "sft")
     dtype = cfg.dtype if cfg.lora_rank else "float32"  # weights that are trained stay float32
     model = load_model(source, name, dtype, new_head=True)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank)
     if cfg.gradient_checkpointing:
-        checkpoint = torch.utils.checkpoint.checkpoint
         for block in blocks_of(model):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(
+                torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+            )
 
     trained = Responses(model)
     if dist.is_initialized():
         precision = fsdp.MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
         for unit in [*blocks_of(model), trained]:  # in turn onto the device
             fsdp.fully_shard(unit, mp_policy=precision)
-    else:
-        trained.to(DEVICE)
 
     trained.name = name
     trained.optimizer = torch.optim.AdamW(
@@ -796,7 +793,12 @@ def start_training(run, name, rows):
     trained.scheduler = torch.optim.lr_scheduler.LambdaLR(
         trained.optimizer, lambda done: min(1.0, (done + 1) / 10, fall - fall * done / steps)
     )
-    return trained, passes(cfg, rows, steps, name)
+    # Passes over all rows, each in an order of its own
+    sampler = torch.utils.data.RandomSampler(
+        rows, False, steps * cfg.batch_size, seeded("order", cfg.seed, name)
+    )
+    data = torch.utils.data.DataLoader(rows, cfg.batch_size, sampler=sampler, collate_fn=list)
+    return trained, list(data)
 
 
 def train(cfg, model, steps, loss_fn):
@@ -806,37 +808,39 @@ def train(cfg, model, steps, loss_fn):
     their weights: the gradient is the step's mean, however it is cut into micro-batches.
     """
     started, history = time.perf_counter(), []
-    for step in tqdm(steps, model.name, **BAR):
+    for step in bar(steps, model.name):
         total, sums = sum(row.weight for row in step), torch.zeros(2)
         groups = micro_batches([row.length for row in step], cfg.tokens_per_batch)
         # FSDP2 gathers weights in every pass: all processes run as many, an idle one for nothing
         groups += [[]] * (-len(groups) % WORLD)
         for group in groups[RANK::WORLD]:
             batch = [step[i] for i in group or [0]]
-            losses = [torch.stack(loss_fn(*output)) for output in by_row(model, batch)]
-            parts = torch.tensor([bool(group) * row.weight / total for row in batch])
-            mean = parts @ torch.stack(losses)
+            mean = torch.zeros(2)
+            for row, outputs in by_row(model, batch):
+                mean += torch.stack(loss_fn(row, outputs)) * (bool(group) * row.weight / total)
             (mean[0] * WORLD).backward()  # FSDP2 averages over the ranks
             sums += mean.detach()
 
         try:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         except RuntimeError:
-            what = f"{model.name}: the loss or its gradient is not finite at step {len(history)}"
-            refuse(f"{what}; lower the learning rate, or mend the data", code=1)
+            refuse(
+                f"{model.name}: the loss or its gradient is not finite at step {len(history)}; "
+                "lower the learning rate, or mend the data",
+                code=1,
+            )
         model.optimizer.step()
-        model.optimizer.zero_grad()
+        model.zero_grad()
         model.scheduler.step()
         history.append(sum(gather(sums)))
 
     seconds, rows = time.perf_counter() - started, list(chain(*steps))
     loss, accuracy = torch.stack(history).mean(dim=0).tolist()
-    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     numbers = {
         "first_loss": float(history[0][0]),
         "pairs_per_second": sum(len(row.compared) for row in rows) / seconds,
         "tokens_per_second": sum(row.length for row in rows) / seconds,
-        "peak_memory_gb": (torch.cuda.max_memory_allocated() or on_cpu) / 1e9,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,  # of a GPU
     }
     say(
         f"{model.name}: {len(steps)} steps, loss {loss:.4g}, accuracy {accuracy:.4g}, "
@@ -873,24 +877,17 @@ def score_model_stage(run, name, labels, rows, held_out, loss_fn):
         right = []
         for row, values in per_row(values_of(run, name, held_out), held_out):
             right += [loss_fn(row, values)[1]] * len(getattr(row, labels))
-        accuracy = float(torch.stack(right).mean())
+        accuracy = torch.stack(right).mean()
         say(f"{name}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs")
         if accuracy < 0.4:
             say(f"  warning: mostly the wrong way round; a {name} is higher for more of it")
 
 
-def passes(cfg, rows, count, name):
-    """The rows of each of `count` steps: passes over all rows, each in an order of its own."""
-    size, generator = cfg.batch_size, seeded("order", cfg.seed, name)
-    sampler = torch.utils.data.RandomSampler(rows, False, count * size, generator)
-    return list(torch.utils.data.DataLoader(rows, size, sampler=sampler, collate_fn=list))
-
-
 def by_row(model, rows):
     """What a Responses model gives for the responses of rows. → pairs of a row and its (k,)"""
-    batch = collate_rows([row.ids for row in rows])
-    outputs = model({name: values.to(DEVICE) for name, values in batch.items()})
-    return per_row(outputs.cpu(), rows)
+    with DEVICE:  # tensors are made there
+        batch = collate_rows([row.ids for row in rows])
+    return per_row(model(batch).cpu(), rows)
 
 
 def per_row(values, rows):
@@ -925,10 +922,8 @@ def micro_batches(lengths, budget):
 
 
 def merged(results):
-    """{i: the result of i} of all processes → all results, in order."""
-    for part in gather(results):
-        results |= part
-    return [results[i] for i in range(len(results))]
+    """[(i, the result of i), …] of each process → all results, in order of i."""
+    return [result for _, result in sorted(chain(*gather(results)))]
 
 
 @torch.inference_mode()
@@ -938,18 +933,17 @@ def values_of(run, name, rows, model=None):
     name: of the stage that fills its folder, from which it is loaded where it is not given. Scores
     are of text, in the model's own tokens.
     """
-    cfg, source = run.cfg, run.source(name)
-    model = Responses(model or load_model(source, name, cfg.dtype)).to(DEVICE)
+    source = run.source(name)
+    model = Responses(model or load_model(source, name, run.cfg.dtype)).to(DEVICE)
     if name in SCORE_MODELS:
         rows = as_read_by(load_tokenizer(source), rows, positions_of(model.inner))
 
-    groups, results = micro_batches([row.length for row in rows], cfg.tokens_per_batch), {}
-    for group in tqdm(groups[RANK::WORLD], f"running {name}", **BAR):
-        outputs = by_row(model, [rows[i] for i in group])
-        for i, (_, values) in zip(group, outputs):
-            results[i] = values
+    groups, results = micro_batches([row.length for row in rows], run.cfg.tokens_per_batch), []
+    for group in bar(groups[RANK::WORLD], f"running {name}"):
+        _, values = zip(*by_row(model, [rows[i] for i in group]))
+        results += zip(group, values)
     values = torch.cat(merged(results))
-    if not torch.isfinite(values).all():
+    if not values.isfinite().all():
         refuse(f"{source} gives a response a value that is not finite; is it sound?", code=1)
     return values
 
@@ -961,7 +955,7 @@ def score(run, rows):
     scores = torch.stack([values_of(run, name, rows) for name in (*names, "sft")])
     if implicit:
         scores[:2] = implicit_reward(scores[:2], scores[2], run.cfg.beta)
-        scores[1].neg_()
+        scores[1] *= -1
     for row, values in per_row(scores, rows):
         row.reward, row.cost, row.ref_logps = values
     return scores
@@ -973,16 +967,15 @@ def as_read_by(tokenizer, rows, most=10**9):
     Also an answer that was cut off is given an end: a score model has only learned what an end
     means, and at another token its head may say anything.
     """
-    counts, read = Counter(), []
-    for row in rows:
-        tokens = encode(tokenizer, row.prompt, row.responses, most, counts)
-        read.append(replace(row, ids=tokens))
+    counts = Counter()
+    read = [
+        replace(row, ids=encode(tokenizer, row.prompt, row.responses, most, counts)) for row in rows
+    ]
     if counts[CUT]:
         say(f"  warning: {counts[CUT]} responses are cut to the score model's {most} positions")
     return read
 
 
-@torch.inference_mode()
 def sample(model, tokenizer, prompts, count, max_new_tokens):
     """`count` responses from π itself to each of prompts' ids, whatever its checkpoint asks for."""
     end = tokenizer.eos_token_id
@@ -998,27 +991,26 @@ def sample(model, tokenizer, prompts, count, max_new_tokens):
         eos_token_id=end,
         pad_token_id=end,
     )
-    drawn = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
-    for answer in drawn:  # behind its end stand only more of it
+    drawn = model.generate(**inputs)[:, inputs.input_ids.shape[1] :]
+    drawn = drawn.unflatten(0, (-1, count)).tolist()
+    for answer in chain(*drawn):  # behind its end stand only more of it
         del answer[len(answer) - answer.count(end) + 1 :]
-    return [drawn[i : i + count] for i in range(0, len(drawn), count)]
+    return drawn
 
 
 def measure(run, name, among, count, key):
     """`count` responses of a stage's policy to each prompt of rows, scored. key: of the draws"""
-    cfg, rows, results = run.cfg, [], {}
+    cfg, rows, results = run.cfg, [], []
     model = load_model(run.source(name), name, cfg.dtype).to(DEVICE)
-    heads = {row.prompt: row.ids[0] for row in among}
-    asked = list(heads.values())
-    lengths = [count * (len(head) + cfg.max_new_tokens) for head in asked]
+    prompts, heads = zip(*{row.prompt: row.ids[0] for row in among}.items())
+    lengths = [count * (len(head) + cfg.max_new_tokens) for head in heads]
     groups = list(enumerate(micro_batches(lengths, cfg.sample_tokens)))
-    for number, group in tqdm(groups[RANK::WORLD], f"sampling {name}", **BAR):
+    for number, group in bar(groups[RANK::WORLD], f"sampling {name}"):
         torch.manual_seed(seed_of(cfg.seed, key, number))
-        prompts = [asked[i] for i in group]
-        drawn = sample(model, run.tokenizer, prompts, count, cfg.max_new_tokens)
-        results |= zip(group, drawn)
+        asked = [heads[i] for i in group]
+        results += zip(group, sample(model, run.tokenizer, asked, count, cfg.max_new_tokens))
 
-    for (prompt, head), answers in zip(heads.items(), merged(results)):
+    for prompt, head, answers in zip(prompts, heads, merged(results)):
         fit = max(1, (cfg.row_length - len(head)) // cfg.max_new_tokens)  # responses of a row
         for i in range(0, count, fit):
             part = answers[i : i + fit]
@@ -1032,14 +1024,14 @@ def measure(run, name, among, count, key):
 
 def scores_stage(run):
     """Scores of the training rows, and samples of π_ref: no λ is in them, once is enough."""
-    path, rows = run.out / "scores.pt", run.train_rows
+    path = run.out / "scores.pt"
     if not path.exists():
-        scores = score(run, rows)
+        scores = score(run, run.train_rows)
         ref_samples = measure(run, "sft", run.dual_rows, run.cfg.dual_samples, "dual")
         found = [scores, list(map(vars, ref_samples.rows)), *ref_samples[1:]]
-        atomic(path, lambda temporary: torch.save(found, temporary))
+        atomic(path, functools.partial(torch.save, found))
     scores, sampled, *of_dual = torch.load(path, weights_only=True)
-    for row, values in per_row(scores, rows):
+    for row, values in per_row(scores, run.train_rows):
         row.reward, row.cost, row.ref_logps = values
     return Samples([Row(**row) for row in sampled], *of_dual)
 
@@ -1048,10 +1040,9 @@ def report(cfg, samples, lam, title):
     """Say what samples show, and what they promise of π_λ: its weights may rest on few of them."""
     rows, reward, cost, log_ratio = samples
     found = predict(reward, cost, lam, cfg.beta, log_ratio)
-    low, high = ci95(cost)
     answer = " ".join(f"{rows[0].prompt} → {rows[0].responses[0]}".split())
     say(
-        f"{title} cost {cost.mean():+.3f} [{low:+.3f}, {high:+.3f}], reward {reward.mean():+.3f}, "
+        f"{title} cost {cost.mean():.3f} {as_cell(ci95(cost))}, reward {reward.mean():.3f}, "
         f"KL {log_ratio.mean():.3f}\n  {answer[:96]}\n"
         f"  λ {lam:.4f} promises {in_words(found)}, by {cost.shape[1]} samples a prompt; within it "
         f"reward ± {reward.std(dim=1).mean():.2f}, cost ± {cost.std(dim=1).mean():.2f}"
@@ -1067,7 +1058,7 @@ def numbers_of(run, samples):
     values = {"reward": reward, "cost": cost, "length": lengths.view_as(cost)}
     if run.cfg.dataset.split(":")[0] == "tiny" and not run.cfg.eval_dataset:
         truth = [tiny_truth(row.prompt, text) for row in rows for text in row.responses]
-        values["true_reward"], values["true_cost"] = torch.tensor(truth).T.reshape(2, *cost.shape)
+        values["true_reward"], values["true_cost"] = torch.tensor(truth).T.unflatten(1, cost.shape)
 
     numbers = {"safe_rate": float((cost <= 0).float().mean()), "kl": float(log_ratio.mean())}
     for name, value in values.items():
@@ -1087,13 +1078,14 @@ def evaluate(run, policies, ref_samples, cost_limit):
             # Before any training
             promised = predict(ref_samples.reward, ref_samples.cost, lam, run.cfg.beta)
             result["predicted_cost"] = promised["cost"]
-            low, high = result["cost_ci95"]
-            shown = {high <= cost_limit: "met", low > cost_limit: "broken"}
-            verdicts.append(f"{name} {shown.get(True, 'not shown either way')}")
+            # As neither, one or both of the interval's ends are within the limit
+            words = "broken", "not shown either way", "met"
+            verdicts.append(f"{name} {words[bisect(result['cost_ci95'], cost_limit)]}")
         for row in samples.rows:
             for text, r, c in zip(row.responses, row.reward.tolist(), row.cost.tolist()):
-                scored = {"response": text, "reward": r, "cost": c}
-                lines.append({"policy": name, "prompt": row.prompt} | scored)
+                lines.append(
+                    {"policy": name, "prompt": row.prompt, "response": text, "reward": r, "cost": c}
+                )
     write(run.out / "results.json", results)
     write(run.out / "samples.jsonl", lines)
 
@@ -1180,8 +1172,7 @@ class ScoreModel(transformers.PreTrainedModel):
         else:
             hidden = hidden.flatten(0, 1)[last]
 
-        weight, bias = self.score_head.weight.float(), self.score_head.bias.float()
-        score = nn.functional.linear(hidden.float(), weight, bias).squeeze(-1)
+        score = hidden.float() @ self.score_head.weight[0].float() + self.score_head.bias.float()
         if hasattr(self, "normalizer"):
             if getattr(self.config, "score_type", "") != "cost":
                 score = score - self.normalizer.mean
@@ -1190,18 +1181,17 @@ class ScoreModel(transformers.PreTrainedModel):
 
 
 def load_config(source):
-    """Config of a folder, hub name or JSON dictionary."""
-    if str(source).startswith("{"):
-        config = AutoConfig.for_model(**json.loads(source))
-    else:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    """Config of a folder or hub name."""
+    if transformers.utils.find_adapter_config_file(source):
+        raise ValueError("it holds an adapter, which would be ignored: merge it into weights")
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.get_text_config() is not config:
         raise ValueError("it reads more than text: give its language model")
     config._attn_implementation = "sdpa"
     return config
 
 
-def load_model(source, kind="model", dtype=None, new_head=False):
+def load_model(source, kind, dtype=None, new_head=False):
     """A causal LM or, for a kind of SCORE_MODELS, a ScoreModel: on CPU; dtype: else its own.
 
     In the mode of inference, which training keeps: what is fitted is sampled, without dropout.
@@ -1209,10 +1199,10 @@ def load_model(source, kind="model", dtype=None, new_head=False):
     """
     if kind in SCORE_MODELS:
         return ScoreModel.from_pretrained(source, dtype, new_head)
+    if source.startswith("{"):
+        config = AutoConfig.for_model(**json.loads(source)).get_text_config()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     config = load_config(source)
-    if str(source).startswith("{"):
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return made.eval()
     model, info = AutoModelForCausalLM.from_pretrained(
         source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
@@ -1240,18 +1230,19 @@ def export(run, model, path):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all ranks, on rank 0
     whole, state = get_model_state_dict(model, options=options), {}
     for name in whole.keys() - model.all_tied_weights_keys.keys():
-        layer, value = name.removesuffix(".weight"), whole[name]
-        if f"{layer}.lora_a" in whole:
-            change = LORA_SCALE * (whole[f"{layer}.lora_b"] @ whole[f"{layer}.lora_a"])
-            if isinstance(model.get_submodule(layer), Conv1D):
-                change = change.T
-            value = value.float() + change
         if "lora" not in name:
+            # Popped, or a model is twice in host memory
+            layer, value = name.removesuffix(".weight"), whole.pop(name)
+            if f"{layer}.lora_b" in whole:
+                change = LORA_SCALE * (whole[f"{layer}.lora_b"] @ whole[f"{layer}.lora_a.weight"])
+                if isinstance(model.get_submodule(layer), Conv1D):
+                    change = change.T
+                value = value.float() + change
             state[name] = value.to(getattr(torch, run.cfg.dtype)).contiguous()
-            del whole[name]  # or a model is twice in host memory
 
-    end = run.tokenizer.eos_token_id
-    model.generation_config = transformers.GenerationConfig(eos_token_id=end, do_sample=True)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=run.tokenizer.eos_token_id, do_sample=True
+    )
 
     def save(folder):
         model.save_pretrained(folder, state_dict=state)
@@ -1270,8 +1261,7 @@ BEAVER_TEMPLATE = (
     "{% endif %}{% endfor %}"
 )
 # Some templates state today's date: the same text must not have other tokens tomorrow
-DATE = "26 Jul 2024"
-DATED = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
+DATED = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 CUT = "responses cut to the length"
 
 
@@ -1280,10 +1270,10 @@ def load_tokenizer(source, tiny=False):
 
     Its own, or Beaver's. ValueError where no token can end a response.
     """
-    if not source.startswith("{"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    else:
+    if source.startswith("{"):
         tokenizer = tiny_tokenizer() if tiny else transformers.ByT5Tokenizer()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError("it has no end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -1301,7 +1291,6 @@ def as_text(tokenizer, prompt):
         chat_template=DATED + tokenizer.get_chat_template(),
         add_generation_prompt=True,
         tokenize=False,
-        date_string=DATE,
     )
 
 
@@ -1311,20 +1300,23 @@ def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
     A response ends at the end of sequence, which it gets unless it has it, and is cut to max_length
     tokens with its prompt; counts (a Counter) takes note. A tokenizer splits text by what is around
     it: prompt and response are encoded as they will be read, joined, and cut where the prompt ends.
+    ValueError for a chat template that loses the prompt.
     """
     end, text = tokenizer.eos_token, as_text(tokenizer, prompt)
+    if prompt.strip() not in text or text.startswith(2 * str(tokenizer.bos_token)):
+        raise ValueError(f"its chat template drops {prompt!r:.60} or begins twice: {text!r:.90}")
     joined = [text + response.split(end)[0] + end for response in responses]
     head, *encoded = tokenizer([text, *joined], add_special_tokens=False)["input_ids"]
-    room, answers = max(0, max_length - len(head)), []
-    counts = Counter() if counts is None else counts
+    answers = []
+    if counts is None:
+        counts = Counter()
     for whole, ids in zip(joined, encoded):
-        answer = ids[len(head) :]
-        if head + answer != ids:  # the prompt's tokens are no prefix: encode it by itself
+        if ids[: len(head)] != head:  # the prompt's tokens are no prefix: encode it by itself
             counts["responses whose tokens do not follow the prompt's"] += 1
-            answer = tokenizer(whole.removeprefix(text), add_special_tokens=False)["input_ids"]
-        if len(answer) > room:
+            ids = head + tokenizer.encode(whole.removeprefix(text), add_special_tokens=False)
+        if len(ids) > max_length:
             counts[CUT] += 1
-        answers.append(answer[:room])
+        answers.append(ids[len(head) : max_length])
     return head, answers
 
 
@@ -1332,17 +1324,16 @@ def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
 # Prompts of a verb and a noun, answers of three words, or malformed. Help and harm add up over the
 # words, and what helps tends to harm.
 
-COLUMNS, TINY_VERBS, TINY_NOUNS, TINY_WORDS = map(
+COLUMNS, TINY_ASKED, TINY_WORDS = map(
     str.split,
     (
         """prompt response_0 response_1 better_response_id
         safer_response_id is_response_0_safe is_response_1_safe""",
-        "open clean move mix heat store test sell",
-        "door oil acid paint gas lamp car drug wire pool safe tank bread knife roof van",
+        """open clean move mix heat store test sell
+        door oil acid paint gas lamp car drug wire pool safe tank bread knife roof van""",
         "wait ask read measure push cut force burn",
     ),
 )
-TINY_ASKED = TINY_VERBS + TINY_NOUNS
 TINY_MEANS = [  # help, then harm, of each word of an answer
     [-0.6, -0.15, 0.05, 0.45, 0.1, 0.25, 0.5, -0.6],
     [-0.6, -0.45, -0.15, -0.15, 0.1, 0.3, 0.65, 0.3],
@@ -1379,27 +1370,27 @@ def tiny_truth(prompt, response):
 
 def tiny_rows(count, seed):
     """Rows of the tiny world, labelled at random by (1) and (5) on the truth."""
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
 
     def draw_label(logit):
         return rng.random() < 1 / (1 + math.exp(-logit))
 
     for _ in range(count):
-        prompt = f"{rng.choice(TINY_VERBS)} {rng.choice(TINY_NOUNS)}"
+        prompt = f"{rng.choice(TINY_ASKED[:8])} {rng.choice(TINY_ASKED[8:])}"  # a verb, a noun
         lengths = rng.choices([2, 3, 4], [1, 18, 1], k=2)  # or nobody learns that length matters
         texts = [" ".join(rng.choices(TINY_WORDS, k=length)) for length in lengths]
         (r0, c0), (r1, c1) = [tiny_truth(prompt, text) for text in texts]
         safe = [not draw_label(c0), not draw_label(c1)]
         safer = safe[1] if safe[0] != safe[1] else draw_label(c0 - c1)
-        rows.append(dict(zip(COLUMNS, [prompt, *texts, draw_label(r1 - r0), safer, *safe])))
-    return rows
+        yield dict(zip(COLUMNS, [prompt, *texts, draw_label(r1 - r0), safer, *safe]))
 
 
 def tiny_tokenizer():
     """A token for each word of the tiny world."""
-    words = ["</s>", "<unk>", ":", "USER", "ASSISTANT", *TINY_WORDS, *TINY_ASKED]
+    others = "</s> <unk> : USER ASSISTANT"
+    words = others.split() + TINY_WORDS + TINY_ASKED
     vocabulary = dict(zip(words, range(len(words))))
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=model,
@@ -1411,13 +1402,14 @@ def tiny_tokenizer():
 
 # ---- Files and processes -------------------------------------------------------------------------
 
-BAR = {"leave": False, "disable": RANK > 0 or None}  # progress on the terminal of process 0
+# Progress, on the terminal of process 0
+bar = functools.partial(tqdm, leave=False, disable=RANK > 0 or None)
 
 
-def say(text):
+def say(text, file=None):
     """Print a line once."""
     if RANK == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 def gather(value):
@@ -1430,10 +1422,10 @@ def gather(value):
 
 def atomic(path, save):
     """Have process 0 save(a temporary name), which then becomes `path`: it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     remove(temporary)
     if RANK == 0:
-        with refusing(f"{path} cannot be written", "make room; the same command goes on", code=1):
+        with refusing(f"{path} cannot be written", "make room; the same command goes on"):
             save(temporary)
     move(temporary, path)
 
@@ -1442,7 +1434,7 @@ def move(source, target):
     """Rename a file or folder in place of another."""
     if RANK == 0:
         shutil.rmtree(target, ignore_errors=True)  # only a folder: a file is replaced at once
-        os.replace(source, target)
+        source.replace(target)
     gather(None)
 
 
@@ -1468,20 +1460,19 @@ def write(path, value):
 
 def refuse(message, code=2):
     """Leave with one line on standard error that says what, where and how to mend it."""
-    if RANK == 0:
-        print("cdpo: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    say("cdpo: " + " ".join(message.split()), sys.stderr)
     raise SystemExit(code)
 
 
 @contextmanager
-def refusing(what, advice, code=2):
+def refusing(what, advice):
     """Turn any exception of the block into a refusal: the libraries raise kinds of their own."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
         cause = error.__cause__ or error  # datasets wraps what its readers say
         reason = f"{type(cause).__name__}: {str(cause)[:300] or 'nothing is there'}"
-        refuse(f"{what}: {reason.removeprefix('ValueError: ')}; {advice}", code)
+        refuse(f"{what}: {reason.removeprefix('ValueError: ')}; {advice}")
 
 
 def gate(cfg):
@@ -1494,14 +1485,13 @@ def gate(cfg):
         tokenizer = load_tokenizer(getattr(cfg, policy), cfg.dataset.split(":")[0] == "tiny")
         run = load_run(cfg, tokenizer)  # what is wrong with data is refused in there
 
-    learned = [*run.train_rows, *run.dual_rows, *run.reward_rows]
-    digests = {"data": seed_of(*map(seed_of, learned))}
+    digests = {"data": seed_of(run.train_rows, run.dual_rows, run.reward_rows)}
     torch.manual_seed(cfg.seed)  # of a model from scratch, whose digest is to be the same again
     for flag in (policy, *SCORE_MODELS):
         source = getattr(cfg, flag)
         if source:
             with refusing(f"--{flag} {source}: unfit", "use one such as Llama, Qwen2 or GPT-2"):
-                rows = [*run.train_rows, *run.dual_rows, *run.table_rows]
+                rows = run.train_rows + run.dual_rows + run.table_rows
                 digests[flag] = check_model(cfg, flag, source, tokenizer, rows)
     return run, digests
 
@@ -1520,7 +1510,7 @@ def check_settings(cfg):
         "margin": -1e9,
     }
     for name, value in vars(cfg).items():
-        low = least.get(name, 1e-9 if isinstance(value, float) else 1)
+        low = least.get(name, 1e-9)
         for number in value if isinstance(value, list) else [value]:
             if number == "":
                 refuse(f"--{name} is empty; leave it out, or name one")
@@ -1534,68 +1524,51 @@ def check_settings(cfg):
     if cfg.reward_dataset and cfg.reward_model:
         refuse("give --reward_dataset or --reward_model")
     if cfg.method in IMPLICIT and (cfg.margin is None or cfg.reward_model or cfg.cost_model):
-        refuse(
-            f"{cfg.method} needs --margin, as its costs have no zero, and "
-            f"{cfg.method} takes no --reward_model and no --cost_model"
-        )
+        refuse(f"{cfg.method} needs --margin, and takes neither --reward_model nor --cost_model")
 
 
 def read_dataset(source, seed):
     """A file, saved folder, hub name, perhaps with :SPLIT, or the tiny world. → rows, as dicts"""
     name, _, split = source.partition(":")
-    path = Path(source)
-    kind = path.suffix.lower()
+    path = Path(name)
     if name == "tiny":
         return tiny_rows(int(split or 60000), seed)
-    if path.is_dir():  # of one split, written by save_to_disk
-        return datasets.load_from_disk(source)
     if not path.exists():
-        if Path(name).exists():
-            raise ValueError("a file or saved folder has no splits")
         return datasets.load_dataset(name, split=split or "train")
+    if split:
+        raise ValueError("a file or saved folder has no splits")
+    if path.is_dir():  # of one split, written by save_to_disk
+        return datasets.load_from_disk(name)
     # Not by the library above: its cache may hold what was in the file before
-    if kind == ".parquet":
+    if path.suffix == ".parquet":
         return parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8-sig")
-    if kind != ".json":  # a row a line, as the reader's errors then count them
-        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
-    return json.loads(text)
-
-
-LABELS = {"0": 0, "false": 0, "1": 1, "true": 1}
+    with path.open(encoding="utf-8-sig") as file:
+        if path.suffix == ".json":
+            return json.load(file)
+        lines = filter(str.strip, file)  # a row each, as the reader's errors then count them
+        return json.loads(f"[{','.join(lines)}]")
 
 
 def read_row(entry, need):
-    """A dataset's row, checked for what it must have. → prompt, [y0, y1], [label, …]"""
-    for name in need:
-        if name not in entry:
-            raise ValueError(f"column {name} is missing")
+    """A dataset's row, checked for what it must have. → prompt, y0, y1, [label, …]"""
     texts = [entry[name] or "" for name in need[:3]]  # what is empty is skipped later
     for text in texts:
         if str(text) != text:
             raise ValueError(f"{text!r:.60} must be text")
         text.encode()  # a half of a surrogate pair is none
-
     labels = []
     for name in COLUMNS[3:]:
-        label = LABELS.get(str(entry.get(name)).lower().removesuffix(".0"))
+        label = {0: 0, 1: 1}.get(entry.get(name))  # false and true, 0.0 and 1.0 are these, too
         if label is None and name in need:
             raise ValueError(f"{name} is {entry[name]!r:.60}; it must be 0 or 1, true or false")
         labels.append(label)
-    return texts[0], texts[1:], labels
+    return *texts, labels
 
 
-def check_tokenizer(tokenizer, prompts):
-    """ValueError for a tokenizer or chat template that loses texts."""
-    for prompt in prompts:
-        if prompt.strip() not in as_text(tokenizer, prompt):
-            raise ValueError(f"its chat template drops or changes the prompt {prompt!r:.60}")
-    different = ["a", "b", *prompts]
-    tokens = tokenizer(different, add_special_tokens=False)["input_ids"]
-    if len(different) > 2 * len(set(map(str, tokens))):
+def check_different(heads):
+    """ValueError for a tokenizer that loses texts. heads: {prompt: its tokens, as text}"""
+    if len(heads) > 2 * len(set(heads.values())):
         raise ValueError("different texts have the same tokens: are tokenizer files missing?")
-    if as_text(tokenizer, "x").startswith(2 * str(tokenizer.bos_token)):
-        raise ValueError(f"its chat template begins twice, by {tokenizer.bos_token}")
 
 
 def load_rows(cfg, tokenizer, flag, need, others=()):
@@ -1603,37 +1576,38 @@ def load_rows(cfg, tokenizer, flag, need, others=()):
 
     Each as its rows, [[Row, …], …]. The prompts of others, [[Row, …], …], are left out.
     """
-    source, prompts, counts = getattr(cfg, flag), {}, Counter()
-    advice = "give a .json, .jsonl or .parquet file, a saved folder or a hub name"
-    with refusing(f"--{flag} {source}: cannot be read", advice):
+    source, heads, prompts, counts = getattr(cfg, flag), {}, {}, Counter()
+    with refusing(
+        f"--{flag} {source}: cannot be read",
+        "give a .json, .jsonl or .parquet file, a saved folder or a hub name",
+    ):
         entries = list(read_dataset(source, cfg.seed))
     for number, entry in enumerate(entries, 1):
-        with refusing(f"--{flag} {source}, row {number}", f"needed: {', '.join(need)}"):
-            prompt, texts, labels = read_row(entry, need)
+        with refusing(f"--{flag} {source}, row {number}", f"needed columns: {', '.join(need)}"):
+            prompt, *texts, labels = read_row(entry, need)
         head, answers = encode(tokenizer, prompt, texts, cfg.max_length, counts)
+        key = heads[prompt.strip()] = str(head)
         # What is scored and compared is what the policy has of a text: as its tokens say, and cut
         pair = {said(tokenizer, ids): ids for ids in answers}
         if len(head) >= cfg.max_length:
-            counts["with a prompt that fills --max_length"] += 1
+            found = "with a prompt that fills --max_length"
         elif not all(map(str.strip, [prompt, *pair])):
-            counts["with an empty prompt or response"] += 1
+            found = "with an empty prompt or response"
         elif len(pair) < len(texts):
-            counts["of identical responses"] += 1
+            found = "of identical responses"
         elif labels[1:] in ([0, 0, 1], [1, 1, 0]):  # which is safer, whether each is safe
-            counts["whose safer response is unsafe beside a safe one"] += 1
+            found = "whose safer response is unsafe beside a safe one"
         else:
-            counts["used"] += 1
-            *_, usable = prompts.setdefault(str(head), (prompt, head, []))
+            found = "used"
+            *_, usable = prompts.setdefault(key, (prompt, head, []))
             usable.append((pair, labels))
-    check_tokenizer(tokenizer, {entry["prompt"] or "" for entry in entries})
+        counts[found] += 1
+    check_different(heads)
 
-    notes = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
-    say(f"{source}: {len(entries)} rows of {len(prompts)} prompts: {notes}")
+    notes = f"{source}: {len(entries)} rows of {len(prompts)} prompts: {dict(counts)}"
+    say(notes)
     if not entries or counts["used"] * 2 < len(entries):
-        refuse(
-            f"--{flag} {source}: too few of {len(entries)} rows can be used: {notes}; "
-            "mend the data, or raise --max_length"
-        )
+        refuse(f"--{flag} {notes}: too few can be used; mend the data, or raise --max_length")
     taken = {str(rows[0].ids[0]) for rows in others}
     order = torch.utils.data.SubsetRandomSampler(list(prompts), seeded("split", cfg.seed))
     kept = [rows_of(*prompts[key], cfg.row_length) for key in order if key not in taken]
@@ -1685,10 +1659,9 @@ def load_run(cfg, tokenizer):
     dual, train = rest[:few], rest[few:]
     held_out, labelled = table, train
     if cfg.reward_dataset:  # where rewards are measured none is learned
-        others = table + dual
-        held_out, labelled = load_rows(cfg, tokenizer, "reward_dataset", COLUMNS[:4], others)
+        held_out, labelled = load_rows(cfg, tokenizer, "reward_dataset", COLUMNS[:4], table + dual)
 
-    most = (cfg.max_steps or 10**9) * cfg.batch_size
+    most = cfg.max_steps * cfg.batch_size
     parts = train, dual, table[: cfg.eval_prompts], labelled, held_out
     sizes = [min(len(part), most) for part in parts]
     say(
@@ -1710,12 +1683,10 @@ def check_model(cfg, kind, source, tokenizer, rows):
 
     ValueError, or what transformers raises, for one that the run would get wrong.
     """
-    if not source.startswith("{") and transformers.utils.find_adapter_config_file(source):
-        raise ValueError("it holds an adapter, which would be ignored: merge it into its weights")
     if kind in SCORE_MODELS:
         tokenizer = load_tokenizer(source)
-        check_tokenizer(tokenizer, {row.prompt for row in rows})
         rows = as_read_by(tokenizer, rows)
+        check_different({row.prompt: str(row.ids[0]) for row in rows})
     model, vocabulary = load_model(source, kind), tokenizer.get_vocab()
     if getattr(model.config, "score_type", kind) not in kind:
         raise ValueError("its config calls it another score_type: are the two exchanged?")
@@ -1724,7 +1695,7 @@ def check_model(cfg, kind, source, tokenizer, rows):
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"its weight {name} is not finite: the checkpoint is broken")
-        values = tensor.flatten().contiguous().view(torch.uint8).numpy()
+        values = tensor.flatten().view(torch.uint8).numpy()
         parts.append(hashlib.sha256(values).hexdigest())
 
     lengths = [(len(row.ids[0]), max([cfg.max_new_tokens, *map(len, row.ids[1])])) for row in rows]
@@ -1740,7 +1711,7 @@ def check_model(cfg, kind, source, tokenizer, rows):
     count = max(2, (cfg.row_length - head) // answer)  # a row as full as any
     if not trial_error(model, head, answer, count, largest) <= 1e-3:
         raise ValueError("its attention or output head is one that this program gets wrong")
-    return seed_of(*parts)
+    return seed_of(parts)
 
 
 def keep_layers_of_all_kinds(model):
@@ -1764,36 +1735,35 @@ def trial_error(model, head, answer, count, largest):
     `answer`, up to token `largest`. In float32, where right ones differ by 1e-5, wrong ones by
     more: attention that does not take our mask, logits that are scaled or capped.
     """
-    ids = torch.randint(largest + 1, (head + count * answer,), generator=seeded("trial"))
-    ids[-1] = largest  # and any other tokens
-    batch = collate_rows([(ids[:head].tolist(), ids[head:].view(count, answer).tolist())])
+    prompt = torch.randint(largest + 1, (head,))
+    answers = torch.randint(largest + 1, (count, answer))
+    answers[-1, -1] = largest  # and any other tokens
+    batch = collate_rows([(prompt.tolist(), answers.tolist())])
     each = torch.arange(count * answer)  # as if every token were a response
     batch |= {"owner": each, "last": each + head}
     together = Responses(model.float())(batch)[-answer:]
 
-    apart = torch.cat([ids[:head], ids[-answer:]])[None]
+    apart = torch.cat([prompt, answers[-1]])[None]
     if isinstance(model, ScoreModel):
-        values = model(apart, torch.ones_like(apart), last=each[:answer] + head)
+        values = model(apart, None, last=each[:answer] + head)
     else:
-        logps = model(apart, use_cache=False).logits[0, head - 1 : -1].log_softmax(dim=-1)
-        values = logps[range(answer), ids[-answer:]]
+        logits = model(apart, use_cache=False).logits[0, head - 1 : -1]
+        values = -nn.functional.cross_entropy(logits, answers[-1], reduction="none")
     return (together - values).abs().max() / values.std()
 
 
 @contextmanager
 def claimed(cfg, digests):
     """Hold --output_dir for one run; refuse one of something else, or of a run that differs."""
-    out, settings, changed = Path(cfg.output_dir), asdict(cfg) | {"digests": digests}, ""
-    with refusing(f"--output_dir {out} cannot be used", "wait for its run, or name another folder"):
-        out.mkdir(parents=True, exist_ok=True)
-        made, kept = set(os.listdir(out)) - {"config.json.tmp", ".lock"}, settings
-        if made:
-            kept = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        if not settings.keys() <= kept.keys():
-            raise ValueError("it holds no run of this program")
-        for name in settings.keys() - FREE:
-            if kept[name] != settings[name]:
-                changed += f"{name} was {kept[name]!r}, is {settings[name]!r}; "
+    out, settings, changed = Path(cfg.output_dir), vars(cfg) | {"digests": digests}, ""
+    advice = "wait for its run or, if it holds none of this program, name another folder"
+    with refusing(f"--output_dir {out} cannot be used", advice):
+        os.makedirs(out, exist_ok=True)
+        made = set(os.listdir(out)) - {"config.json.tmp", ".lock"}
+        kept = json.loads((out / "config.json").read_bytes()) if made else settings
+        for name, value in settings.items():
+            if name not in FREE.split() and kept[name] != value:
+                changed += f"{name} was {kept[name]!r}, is {value!r}; "
         lock = filelock.FileLock(out / ".lock", timeout=0)
         if RANK == 0:
             lock.acquire()
@@ -1814,15 +1784,8 @@ def claimed(cfg, digests):
 
 
 # Settings that a run may go on without
-FREE = {
-    "lambdas",
-    "eval_prompts",
-    "eval_samples",
-    "output_dir",
-    "tokens_per_batch",
-    "sample_tokens",
-    "gradient_checkpointing",
-}
+FREE = """lambdas eval_prompts eval_samples output_dir tokens_per_batch sample_tokens
+gradient_checkpointing"""
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -1842,7 +1805,7 @@ def parse(argv):
     given, flags = parser.parse_args(argv), []
     if given.config:  # its settings are flags, too: one parser checks names and types
         with refusing(f"--config {given.config}", "it must be one JSON object of settings"):
-            settings = json.loads(Path(given.config).read_text(encoding="utf-8"))
+            settings = json.loads(Path(given.config).read_bytes())
             settings.pop("digests", None)  # of a run's own config.json
             for key, value in settings.items():
                 if isinstance(value, dict):
@@ -1855,7 +1818,7 @@ def parse(argv):
 
     del given.config
     cfg = Config(**vars(given))
-    cfg.dpo_steps = min(cfg.dpo_steps, cfg.max_steps or cfg.dpo_steps)
+    cfg.dpo_steps = min(cfg.dpo_steps, cfg.max_steps)
     return cfg
 
 
@@ -1886,10 +1849,10 @@ def main(argv=None):
     except KeyboardInterrupt:
         refuse(f"stopped; the same command goes on from {cfg.output_dir}", code=130)
     except torch.OutOfMemoryError:
-        print(
+        say(
             f"cdpo: out of GPU memory; halve --tokens_per_batch {cfg.tokens_per_batch} to train, "
             f"--sample_tokens {cfg.sample_tokens} to sample; weights: --lora_rank 16 or torchrun",
-            file=sys.stderr,
+            sys.stderr,
         )
         raise
     finally:
@@ -1901,5 +1864,4 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal or file may have no λ
     main()
     if WORLD > 1:  # all is written; gloo's threads now and then abort the interpreter's way out
-        sys.stdout.flush()
         os._exit(0)
