@@ -75,6 +75,7 @@ from pyarrow import parquet
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -92,6 +93,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 class Config:
     """Every setting of a run, read from the command line or from a JSON file (--config)."""
 
+    config: str | None = None  # JSON file of settings; flags win over it
     # cdpo, pecaid: Algorithm 1; mocan, pecan: one fit, at the first λ; dpo: at λ = 0; sft: π_ref
     method: Literal["cdpo", "mocan", "pecaid", "pecan", "dpo", "sft"] = "cdpo"
     model: str = "meta-llama/Llama-2-7b-hf"  # hub name, folder, or JSON dictionary to build
@@ -172,14 +174,14 @@ def relabel(reward, cost, lam, mode="soft", generator=None):
     "soft": σ(r_λ(y0) − r_λ(y1)), the expectation over labels; "sample": 0 or 1 drawn with it, the
     paper's letter; "hard": 0 or 1, the likelier, ties 0.5. ValueError for another mode.
     """
-    r_lam = reward - lam * cost
-    prob = torch.sigmoid(r_lam[:, 0] - r_lam[:, 1])
+    r_lam_0, r_lam_1 = (reward - lam * cost).T
+    prob = torch.sigmoid(r_lam_0 - r_lam_1)
     if mode == "soft":
         return prob
     if mode == "sample":
         return torch.bernoulli(prob, generator=generator)
     if mode == "hard":
-        return 0.5 + 0.5 * torch.sign(r_lam[:, 0] - r_lam[:, 1])
+        return 0.5 + 0.5 * torch.sign(r_lam_0 - r_lam_1)
     raise ValueError(f'relabel: mode is {mode!r}; it must be "soft", "sample" or "hard"')
 
 
@@ -212,7 +214,7 @@ def dual_value(reward, cost, lam, beta, cost_limit):
     For the reader: the program needs only where it is least, solve_dual.
     """
     exponent = (reward - lam * (cost - cost_limit)) / beta
-    return beta * (torch.logsumexp(exponent, dim=1) - math.log(exponent.shape[1])).mean()
+    return beta * (exponent.logsumexp(dim=1) - math.log(exponent.shape[1])).mean()
 
 
 def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0, log_ratio=None):
@@ -225,7 +227,8 @@ def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0, log_ratio=None):
     when a score is not finite, or when no λ ≤ lam_max meets the limit.
     """
     reward, cost = reward.double(), cost.double()
-    log_ratio = torch.zeros_like(cost) if log_ratio is None else log_ratio.double()
+    if log_ratio is None:
+        log_ratio = torch.zeros_like(cost)
     if not torch.isfinite(torch.stack([reward, cost, log_ratio])).all():
         raise ValueError("solve_dual: a score is not finite")
 
@@ -259,7 +262,8 @@ def predict(reward, cost, lam, beta, log_ratio=None):
     sample size of a prompt: near 1 the weights rest on one sample, and all these numbers mean
     little.
     """
-    log_ratio = torch.zeros_like(cost) if log_ratio is None else log_ratio
+    if log_ratio is None:
+        log_ratio = torch.zeros_like(cost)
     weights = torch.softmax((reward.double() - lam * cost) / beta - log_ratio, dim=1)
     return {
         "reward": float((weights * reward).sum(dim=1).mean()),
@@ -310,28 +314,28 @@ def collate_rows(rows, pad_id=0):
     """
     width = max(len(prompt) + sum(map(len, responses)) for prompt, responses in rows)
     table, last = [], []
-    for b, (prompt, responses) in enumerate(rows):
+    for prompt, responses in rows:
         if not prompt:
             raise ValueError("collate_rows: an empty prompt has no token to predict from")
         # Of each token: its id and position; 1 in the prompt, 2 … in responses; its source
-        row = [(token, place, 1, 0) for place, token in enumerate(prompt)]
+        table += [(token, place, 1, 0) for place, token in enumerate(prompt)]
+        prompt_end = len(table) - 1
         for response in responses:
             # Its first token is predicted from the prompt's end, the others from the one before
-            before = b * width + len(prompt) - 1
+            before = prompt_end
             for place, token in enumerate(response, len(prompt)):
-                row.append((token, place, len(last) + 2, before))
-                before = b * width + len(row) - 1
+                table.append((token, place, len(last) + 2, before))
+                before = len(table) - 1
             last.append(before)
-        table.append(torch.tensor(row))
+        table += [(pad_id, 0, 0, 0)] * (-len(table) % width)  # up to where the next row begins
 
-    # (B, L) each, and 0 in the padding
-    ids, places, segment, source = torch.nn.utils.rnn.pad_sequence(table, True).unbind(-1)
+    ids, places, segment, source = torch.tensor(table).view(-1, width, 4).unbind(-1)  # (B, L) each
     answers = segment > 1
     # Causal, and within a segment or to the prompt; padding sees padding: no query without a key
-    same = segment[:, :, None] == segment[:, None, :]
-    seen = (same | (segment == 1)[:, None, :]).tril()
+    key = segment[:, None]
+    seen = ((key == segment[:, :, None]) | (key == 1)).tril()
     return {
-        "input_ids": ids.masked_fill(segment == 0, pad_id),
+        "input_ids": ids,
         "position_ids": places,
         "attention_mask": seen[:, None],
         "source": source[answers],
@@ -366,13 +370,13 @@ def sequence_logps(model, batch):
     size, logps = max(1, 2**27 // head.weight.shape[0]), []
     for part in zip(hidden.split(size), batch["target"].split(size)):
         if len(hidden) > size:  # backward computes the logits again
-            again = torch.utils.checkpoint.checkpoint(token_logps, *part, use_reentrant=False)
-            logps.append(again)
+            values = torch.utils.checkpoint.checkpoint(token_logps, *part, use_reentrant=False)
         else:
-            logps.append(token_logps(*part))
+            values = token_logps(*part)
+        logps.append(values)
 
     # Thousands of float32 terms would err by hundredths
-    sums = hidden.new_zeros(len(batch["last"]), dtype=torch.float64)
+    sums = torch.zeros_like(batch["last"], dtype=torch.float64)
     return sums.index_add(0, batch["owner"], torch.cat(logps).double()).float()
 
 
@@ -444,41 +448,41 @@ class Run:
 
 # ---- The losses of the stages --------------------------------------------------------------------
 # Each is a function of a row and what the model says of its responses, (k,), and gives a mean over
-# the row's pairs, or tokens (nats), and the share of pairs that the model ranks as the labels do.
+# the row's pairs, or tokens (nats), and of each pair whether the model ranks it as its label does.
 
 
 def sft_loss(row, logps):
     """Cross-entropy a token, on both responses of each pair: as often as people compared them."""
     compared = torch.tensor(row.compared).flatten()
     lengths = torch.tensor(list(map(len, row.ids[1])))
-    return -logps[compared].sum() / lengths[compared].sum(), torch.zeros(())
+    return -logps[compared].sum() / lengths[compared].sum(), torch.zeros(1)
 
 
 def reward_loss(row, rewards):
     """(3) on the pairs that people labelled for help."""
     chosen, rejected = rewards[torch.tensor(row.helpful)].T
-    return bradley_terry_loss(chosen, rejected), (chosen > rejected).float().mean()
+    return bradley_terry_loss(chosen, rejected), chosen > rejected
 
 
 def harm_loss(row, costs):
     """(5) on the pairs that people labelled for harm: a label belongs to its pair."""
     worse, better, *signs = torch.tensor(row.harmful).T
     worse, better = costs[worse], costs[better]
-    return cost_loss(worse, better, *signs), (worse > better).float().mean()
+    return cost_loss(worse, better, *signs), worse > better
 
 
 def preference_loss(row, logps, pairs, prob, beta):
     """(13) on index pairs (P, 2) of a row with P(first ≻ second), (P,) or a number for all."""
-    log_ratio = (logps - row.ref_logps)[pairs]
-    agrees = (log_ratio[:, 0] - log_ratio[:, 1]) * (prob - 0.5) > 0
-    return dpo_loss(logps[pairs], row.ref_logps[pairs], prob, beta), agrees.float().mean()
+    first, second = (logps - row.ref_logps)[pairs].T  # log π/π_ref
+    right = (first - second) * (prob - 0.5) > 0
+    return dpo_loss(logps[pairs], row.ref_logps[pairs], prob, beta), right
 
 
 def relabelled_dpo(cfg, lam, key):
     """The loss of (13) on a row's pairs, relabelled for λ. key: of the draw of labels."""
 
     def loss_fn(row, logps):
-        pairs = pairs_of(row, cfg.all_pairs)
+        pairs = torch.tensor(pairs_of(row, cfg.all_pairs))
         generator = seeded("labels", cfg.seed, key, row.ids)  # of labels that are drawn
         prob = relabel(row.reward[pairs], row.cost[pairs], lam, cfg.labels, generator)  # (12)
         return preference_loss(row, logps, pairs, prob, cfg.beta)
@@ -486,22 +490,12 @@ def relabelled_dpo(cfg, lam, key):
     return loss_fn
 
 
-def labelled_dpo(cfg, labels, prob):
-    """DPO's loss on pairs, as people labelled them, a field of Row; prob, 1 or 0, as in (13)."""
-
-    def loss_fn(row, logps):
-        pairs = torch.tensor(getattr(row, labels))[:, :2]
-        return preference_loss(row, logps, pairs, prob, cfg.beta)
-
-    return loss_fn
-
-
 def pairs_of(row, all_pairs):
-    """Index pairs (P, 2) of responses for DPO: the dataset's, or all of different responses."""
-    pairs, ids = row.compared, row.ids[1]
-    if all_pairs or not pairs:
-        pairs = [(i, j) for i, j in combinations(range(len(ids)), 2) if ids[i] != ids[j]]
-    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+    """Index pairs, P of them, of responses for DPO: the dataset's, or all of different ones."""
+    if row.compared and not all_pairs:
+        return row.compared
+    ids = row.ids[1]
+    return [(i, j) for i, j in combinations(range(len(ids)), 2) if ids[i] != ids[j]]
 
 
 # ---- The method ----------------------------------------------------------------------------------
@@ -521,7 +515,7 @@ def constrained_dpo(run, ref_samples, cost_limit, lam):
     # From π_ref; one optimizer and one schedule for the whole loop: its last quarter falls to 0
     policy, data = start_training(run, "policy", run.train_rows)  # data: each step's rows
     history, sampled = [], []  # what was measured, a line of metrics.jsonl each; what was sampled
-    newest = ref_samples
+    newest, kept = ref_samples, 0
 
     for iteration in range(cfg.iterations):
         started = time.perf_counter()
@@ -534,7 +528,7 @@ def constrained_dpo(run, ref_samples, cost_limit, lam):
 
         # What is measured is the policy as it is written, merged and rounded; the trained one
         # leaves the card meanwhile
-        export(run, policy.inner, iterate)
+        export(run, policy[0], iterate)
         policy.to("cpu")
         newest = measure(run, "iterate", run.dual_rows, cfg.lambda_samples, iteration)
         sampled.append(newest)
@@ -546,7 +540,7 @@ def constrained_dpo(run, ref_samples, cost_limit, lam):
         entry["seconds"] = time.perf_counter() - started
         history.append(entry)
 
-        kept = entry["kept"] = best_iterate(cfg, history, sampled, cost_limit)
+        kept = entry["kept"] = best_iterate(cfg, history, sampled, cost_limit, kept)
         if kept == iteration:
             move(iterate, best)
         write(run.out / "metrics.jsonl", history)
@@ -562,7 +556,8 @@ def constrained_dpo(run, ref_samples, cost_limit, lam):
 
 def next_lambda(cfg, history, sampled, cost_limit):
     """The next λ, from all iterates so far and from λ and the cost of the last of them."""
-    lam, bound = history[-1]["lambda"], history[-1]["cost_bound"]
+    newest = history[-1]
+    lam, bound = newest["lambda"], newest["cost_bound"]
     if cfg.lambda_step == "fixed":
         return lam
     if cfg.lambda_step == "gradient":
@@ -574,9 +569,11 @@ def next_lambda(cfg, history, sampled, cost_limit):
     pooled = [torch.cat(values, dim=1) for values in scores]  # reward, cost, log_ratio
 
     # Not the mean but its bound is to meet the limit: aim lower by the width between the two
-    target = cost_limit - (bound - history[-1]["cost_mean"])
+    target = cost_limit - (bound - newest["cost_mean"])
     converged = capped_dual(cfg, lam, pooled, target)
+    # A policy that lags gets more than its λ, but by half at most: it may be off for another reason
     with_feedback = capped_dual(cfg, lam, pooled, target - lasting_gap(cfg, history, pooled))
+    with_feedback = min(with_feedback, 1.5 * max(lam, converged))
 
     # Errors are to be on the safe side: λ rises at once, up to the cap, and falls by half the way
     return max(with_feedback, (lam + converged) / 2)
@@ -613,16 +610,13 @@ def lasting_gap(cfg, history, scores):
     return last * min(1.0, last / before) if min(before, last) > 0 else 0.0
 
 
-def best_iterate(cfg, history, sampled, cost_limit):
-    """Number of the iterate to keep: the newest, or the one kept before it, by merit.
+def best_iterate(cfg, history, sampled, cost_limit, kept):
+    """Number of the iterate to keep: the newest, or the one `kept` before it, by merit.
 
     Merit is objective (6) less an exact penalty for the excess of its cost. The newest is kept if
     its merit is no lower or, where its excess is no larger, lower within the noise of objectives:
     one standard error of their difference, paired by prompt.
     """
-    if len(history) == 1:
-        return 0
-    kept = history[-2]["kept"]
     price = 1 + 2 * max(entry["lambda"] for entry in history)  # exact for a price above λ*
 
     objectives = [(by.reward - cfg.beta * by.log_ratio).mean(dim=1) for by in sampled]  # (n,) each
@@ -635,20 +629,24 @@ def best_iterate(cfg, history, sampled, cost_limit):
 
 def with_samples(steps, rows):
     """The rows of each step, and among them once each those of samples."""
-    fresh = [row for row in rows if len(pairs_of(row, True))]  # samples may all be equal
+    fresh = [row for row in rows if pairs_of(row, True)]  # samples may all be equal
     return [step + fresh[i :: len(steps)] for i, step in enumerate(steps)]
 
 
-def pecan_stages(run):
-    """PeCAN (2405.19544): r and −c are implicit in two policies, fitted to people's labels."""
-    # Policy, rows, the field of Row with the pairs, P(first ≻ second) there
-    helpful = "helpful", run.reward_rows, "helpful", 1.0  # first is the chosen one
-    safe = "safe", run.train_rows, "harmful", 0.0  # first is the worse one
-    for name, rows, labels, prob in (helpful, safe):
-        if not (run.out / name).exists():
-            for row, ref_logps in per_row(values_of(run, "sft", rows), rows):
-                row.ref_logps = ref_logps
-        fit_stage(run, name, rows, labelled_dpo(run.cfg, labels, prob))
+def implicit_stage(run, name, labels, rows, prob):
+    """Fit a policy to people's labels: PeCAN's r and −c are implicit in two such (2405.19544).
+
+    labels: the field of Row with the pairs; prob: P(first ≻ second) there, 1 or 0.
+    """
+
+    def loss_fn(row, logps):
+        pairs = torch.tensor(getattr(row, labels))[:, :2]
+        return preference_loss(row, logps, pairs, prob, run.cfg.beta)
+
+    if not (run.out / name).exists():
+        for row, ref_logps in per_row(values_of(run, "sft", rows), rows):
+            row.ref_logps = ref_logps
+    fit_stage(run, name, rows, loss_fn)
 
 
 def first_lambda(cfg, ref_samples, cost_limit):
@@ -660,8 +658,7 @@ def first_lambda(cfg, ref_samples, cost_limit):
         # A limit out of π_ref's reach has ended the run, as a wrong setting. A loop starts at the
         # same λ, but with the cap: a first guess must not spoil it
         if cfg.method in ("cdpo", "pecaid"):
-            _, *scores = ref_samples  # reward, cost, log_ratio of 0
-            lam = capped_dual(cfg, 0.0, scores, cost_limit)
+            lam = capped_dual(cfg, 0.0, ref_samples[1:], cost_limit)  # a log_ratio of 0
     report(cfg, ref_samples, lam, "π_ref:")
     return lam
 
@@ -674,8 +671,9 @@ def all_stages(run):
     cfg = run.cfg
     if not cfg.sft_model:
         fit_stage(run, "sft", run.train_rows, sft_loss)
-    if cfg.method in IMPLICIT:
-        pecan_stages(run)
+    if cfg.method in IMPLICIT:  # of a pair the chosen response is first, and the worse one
+        implicit_stage(run, "helpful", "helpful", run.reward_rows, 1.0)
+        implicit_stage(run, "safe", "harmful", run.train_rows, 0.0)
     else:
         score_model_stage(
             run, "reward_model", "helpful", run.reward_rows, run.reward_table, reward_loss
@@ -684,7 +682,7 @@ def all_stages(run):
 
     ref_samples, cost_limit = scores_stage(run), cfg.cost_limit
     if cfg.margin is not None:
-        cost_limit = float(ref_samples.cost.mean()) - cfg.margin
+        cost_limit = estimate(ref_samples.cost) - cfg.margin
 
     policies = {"SFT": ("sft", None)}  # rows of the table: stage, λ
     name = {"mocan": "MoCAN", "pecan": "PeCAN", "pecaid": "PeCAID", "cdpo": "C-DPO", "dpo": "DPO"}
@@ -708,22 +706,19 @@ def all_stages(run):
 # ---- Training ------------------------------------------------------------------------------------
 
 
-class Responses(nn.Module):
-    """A model by way of rows: its forward takes a batch of collate_rows and gives (N,) values.
+class Responses(nn.Sequential):
+    """A model, its [0], by way of rows: takes a batch of collate_rows and gives (N,) values.
 
     log π of the responses or, by a ScoreModel, their scores. Under FSDP2 parameters are whole only
     inside the root's forward, whose output may be no view. One in training, of start_training, also
     has its name, optimizer and scheduler.
     """
 
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
     def forward(self, batch):
-        if isinstance(self.inner, ScoreModel):
-            return self.inner(**batch)
-        return sequence_logps(self.inner, batch)
+        model = self[0]
+        if isinstance(model, ScoreModel):
+            return model(**batch)
+        return sequence_logps(model, batch)
 
 
 LORA_SCALE = 2.0  # α/r: α is 2r
@@ -794,17 +789,16 @@ def start_training(run, name, rows):
         trained.optimizer, lambda done: min(1.0, (done + 1) / 10, fall - fall * done / steps)
     )
     # Passes over all rows, each in an order of its own
-    sampler = torch.utils.data.RandomSampler(
-        rows, False, steps * cfg.batch_size, seeded("order", cfg.seed, name)
-    )
-    data = torch.utils.data.DataLoader(rows, cfg.batch_size, sampler=sampler, collate_fn=list)
+    order = seeded("order", cfg.seed, name)
+    sampler = RandomSampler(rows, False, steps * cfg.batch_size, order)
+    data = DataLoader(rows, cfg.batch_size, sampler=sampler, collate_fn=list)
     return trained, list(data)
 
 
 def train(cfg, model, steps, loss_fn):
     """The one training loop. → loss, accuracy, {name: number} for metrics.jsonl.
 
-    steps: the rows of each step; loss_fn(row, outputs) → (loss, accuracy) of a row. Rows count by
+    steps: the rows of each step; loss_fn(row, outputs) → (loss, right (P,)) of a row. Rows count by
     their weights: the gradient is the step's mean, however it is cut into micro-batches.
     """
     started, history = time.perf_counter(), []
@@ -817,7 +811,9 @@ def train(cfg, model, steps, loss_fn):
             batch = [step[i] for i in group or [0]]
             mean = torch.zeros(2)
             for row, outputs in by_row(model, batch):
-                mean += torch.stack(loss_fn(row, outputs)) * (bool(group) * row.weight / total)
+                loss, right = loss_fn(row, outputs)
+                weight = bool(group) * row.weight / total
+                mean += torch.stack([loss, right.float().mean()]) * weight
             (mean[0] * WORLD).backward()  # FSDP2 averages over the ranks
             sums += mean.detach()
 
@@ -862,7 +858,7 @@ def fit_stage(run, name, rows, loss_fn):
         return
     model, steps = start_training(run, name, rows)
     train(run.cfg, model, steps, loss_fn)
-    export(run, model.inner, path)
+    export(run, model[0], path)
 
 
 def score_model_stage(run, name, labels, rows, held_out, loss_fn):
@@ -876,11 +872,12 @@ def score_model_stage(run, name, labels, rows, held_out, loss_fn):
     if held_out:
         right = []
         for row, values in per_row(values_of(run, name, held_out), held_out):
-            right += [loss_fn(row, values)[1]] * len(getattr(row, labels))
-        accuracy = torch.stack(right).mean()
-        say(f"{name}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs")
-        if accuracy < 0.4:
-            say(f"  warning: mostly the wrong way round; a {name} is higher for more of it")
+            right += loss_fn(row, values)[1]
+        accuracy = sum(right) / len(right)
+        say(
+            f"{name}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs (a {name} "
+            "that is well below 50% scores the wrong way round)"
+        )
 
 
 def by_row(model, rows):
@@ -936,7 +933,7 @@ def values_of(run, name, rows, model=None):
     source = run.source(name)
     model = Responses(model or load_model(source, name, run.cfg.dtype)).to(DEVICE)
     if name in SCORE_MODELS:
-        rows = as_read_by(load_tokenizer(source), rows, positions_of(model.inner))
+        rows = as_read_by(load_tokenizer(source), rows, positions_of(model[0]))
 
     groups, results = micro_batches([row.length for row in rows], run.cfg.tokens_per_batch), []
     for group in bar(groups[RANK::WORLD], f"running {name}"):
@@ -1060,9 +1057,10 @@ def numbers_of(run, samples):
         truth = [tiny_truth(row.prompt, text) for row in rows for text in row.responses]
         values["true_reward"], values["true_cost"] = torch.tensor(truth).T.unflatten(1, cost.shape)
 
-    numbers = {"safe_rate": float((cost <= 0).float().mean()), "kl": float(log_ratio.mean())}
+    numbers = {"safe_rate": estimate((cost <= 0).float()), "kl": estimate(log_ratio)}
     for name, value in values.items():
-        numbers[f"{name}_mean"], numbers[f"{name}_std"] = float(value.mean()), float(value.std())
+        numbers[f"{name}_mean"] = estimate(value)
+        numbers[f"{name}_std"] = float(value.std())
         numbers[f"{name}_ci95"] = ci95(value)
     return numbers
 
@@ -1609,7 +1607,7 @@ def load_rows(cfg, tokenizer, flag, need, others=()):
     if not entries or counts["used"] * 2 < len(entries):
         refuse(f"--{flag} {notes}: too few can be used; mend the data, or raise --max_length")
     taken = {str(rows[0].ids[0]) for rows in others}
-    order = torch.utils.data.SubsetRandomSampler(list(prompts), seeded("split", cfg.seed))
+    order = SubsetRandomSampler(list(prompts), seeded("split", cfg.seed))
     kept = [rows_of(*prompts[key], cfg.row_length) for key in order if key not in taken]
     fifth = len(kept) // 5
     return kept[:fifth], kept[fifth:]
@@ -1756,11 +1754,14 @@ def trial_error(model, head, answer, count, largest):
 def claimed(cfg, digests):
     """Hold --output_dir for one run; refuse one of something else, or of a run that differs."""
     out, settings, changed = Path(cfg.output_dir), vars(cfg) | {"digests": digests}, ""
-    advice = "wait for its run or, if it holds none of this program, name another folder"
-    with refusing(f"--output_dir {out} cannot be used", advice):
+    with refusing(
+        f"--output_dir {out} cannot be used",
+        "wait for its run or, if it holds none of this program, name another folder",
+    ):
         os.makedirs(out, exist_ok=True)
-        made = set(os.listdir(out)) - {"config.json.tmp", ".lock"}
-        kept = json.loads((out / "config.json").read_bytes()) if made else settings
+        kept = settings
+        if set(os.listdir(out)) - {"config.json.tmp", ".lock"}:
+            kept = json.loads((out / "config.json").read_bytes())
         for name, value in settings.items():
             if name not in FREE.split() and kept[name] != value:
                 changed += f"{name} was {kept[name]!r}, is {value!r}; "
@@ -1769,7 +1770,7 @@ def claimed(cfg, digests):
             lock.acquire()
 
     try:
-        if changed and made != {"config.json"}:  # else nothing is made yet
+        if changed:
             refuse(
                 f"--output_dir {out}: the run there differs: {changed}go on with those, delete it, "
                 f"or name another folder and reuse its models, as far as they are there: "
@@ -1784,7 +1785,7 @@ def claimed(cfg, digests):
 
 
 # Settings that a run may go on without
-FREE = """lambdas eval_prompts eval_samples output_dir tokens_per_batch sample_tokens
+FREE = """config lambdas eval_prompts eval_samples output_dir tokens_per_batch sample_tokens
 gradient_checkpointing"""
 
 
@@ -1799,7 +1800,6 @@ def parse(argv):
         formatter_class=argparse.RawTextHelpFormatter,
         description=inspect.getsource(Config),
     )
-    parser.add_argument("--config", help="JSON file of settings; flags win over it")
     parser.error = lambda message: refuse(f"{message}; --help lists the flags")
 
     given, flags = parser.parse_args(argv), []
@@ -1816,7 +1816,6 @@ def parse(argv):
                     flags.append(f"--{key}={value}")
         given = parser.parse_args(argv, parser.parse_args(flags))
 
-    del given.config
     cfg = Config(**vars(given))
     cfg.dpo_steps = min(cfg.dpo_steps, cfg.max_steps)
     return cfg
