@@ -410,7 +410,7 @@ class Row:
     def weight(self):
         """Its weight in the mean over a step: P, or m/2 for m samples, which make m/2 couples.
 
-        The same in all stages (one that learns from labels has them for all pairs). So a sample
+        The same in all stages; where one learns from labels, every pair has them. So a sample
         counts as a response does that is in one pair, however many pairs (13) forms. A default step
         has 32 rows of the dataset, and of couples at first 40 (500 prompts, 16 samples each, in 100
         steps), later 10.
@@ -447,7 +447,7 @@ class Run:
 
 
 # ---- The losses of the stages --------------------------------------------------------------------
-# Each is a function of a row and what the model says of its responses, (k,), and gives a mean over
+# Each is a function of a row and what the model says of its responses, (k,) on the CPU: a mean over
 # the row's pairs, or tokens (nats), and of each pair whether the model ranks it as its label does.
 
 
@@ -455,7 +455,7 @@ def sft_loss(row, logps):
     """Cross-entropy a token, on both responses of each pair: as often as people compared them."""
     compared = torch.tensor(row.compared).flatten()
     lengths = torch.tensor(list(map(len, row.ids[1])))
-    return -logps[compared].sum() / lengths[compared].sum(), torch.zeros(1)
+    return -logps[compared].sum() / lengths[compared].sum(), torch.zeros(1)  # ranks none
 
 
 def reward_loss(row, rewards):
@@ -628,7 +628,7 @@ def best_iterate(cfg, history, sampled, cost_limit, kept):
 
 
 def with_samples(steps, rows):
-    """The rows of each step, and among them once each those of samples."""
+    """The rows of each step, with the rows of samples dealt out among the steps, once each."""
     fresh = [row for row in rows if pairs_of(row, True)]  # samples may all be equal
     return [step + fresh[i :: len(steps)] for i, step in enumerate(steps)]
 
