@@ -294,8 +294,7 @@ def estimate(values, level=0.5):
 
 def ci95(values):
     """95% confidence interval [low, high] of E[values], clustered by prompt. values (n, m)."""
-    error = 1.959964 * values.mean(dim=1).std() / math.sqrt(len(values))
-    return [float(values.mean() - error), float(values.mean() + error)]
+    return [estimate(values, level) for level in (0.025, 0.975)]
 
 
 # ---- Rows and log-probabilities ------------------------------------------------------------------
@@ -735,8 +734,8 @@ def add_lora(model, rank):
             outputs, inputs = layer.weight.shape
             if isinstance(layer, Conv1D):
                 outputs, inputs = inputs, outputs
-            layer.lora_a = nn.Linear(inputs, rank, bias=False)
-            layer.lora_b = nn.Parameter(torch.zeros(outputs, rank))
+            a = nn.Linear(inputs, rank, bias=False).weight
+            layer.lora = nn.ParameterList([a, torch.zeros(outputs, rank)])  # A and B
             layer.register_forward_hook(add_low_rank)
     if isinstance(model, ScoreModel):
         model.score_head.float().requires_grad_(True)
@@ -746,7 +745,8 @@ def add_low_rank(layer, args, output):
     """The hook of add_lora: what a linear layer gives, and (α/r)·B(A·x)."""
     if isinstance(output, tuple):  # of a router of experts, which stays as it is
         return output
-    return output + LORA_SCALE * (layer.lora_a(args[0]) @ layer.lora_b.T)
+    a, b = (weight.to(output.dtype) for weight in layer.lora)
+    return torch.add(output, args[0] @ a.T @ b.T, alpha=LORA_SCALE)
 
 
 def start_training(run, name, rows):
@@ -780,6 +780,7 @@ def start_training(run, name, rows):
         precision = fsdp.MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
         for unit in [*blocks_of(model), trained]:  # in turn onto the device
             fsdp.fully_shard(unit, mp_policy=precision)
+    trained.to(DEVICE)
 
     trained.name = name
     trained.optimizer = torch.optim.AdamW(
@@ -892,7 +893,8 @@ def per_row(values, rows):
     return zip(rows, values.split([len(row.responses) for row in rows], dim=-1))
 
 
-PASS_TOKENS = 300  # what a forward pass costs beside its tokens, in tokens
+# What a forward pass costs beside its tokens, in tokens: a GPU waits for its host (measured at 7B)
+PASS_TOKENS = 1000
 
 
 def micro_batches(lengths, budget):
@@ -1231,8 +1233,8 @@ def export(run, model, path):
         if "lora" not in name:
             # Popped, or a model is twice in host memory
             layer, value = name.removesuffix(".weight"), whole.pop(name)
-            if f"{layer}.lora_b" in whole:
-                change = LORA_SCALE * (whole[f"{layer}.lora_b"] @ whole[f"{layer}.lora_a.weight"])
+            if f"{layer}.lora.0" in whole:
+                change = LORA_SCALE * (whole[f"{layer}.lora.1"] @ whole[f"{layer}.lora.0"])
                 if isinstance(model.get_submodule(layer), Conv1D):
                     change = change.T
                 value = value.float() + change
@@ -1827,12 +1829,13 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if GPU:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # shapes vary
+        # Shapes vary; the environment would be read on import
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # With a mask cuDNN plans anew for every shape; its backward may be NaN (pytorch 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    # FSDP2 does the mixed precision of a single process, too
-    if GPU or WORLD > 1 or cfg.dtype == "bfloat16":
+    # FSDP2 is the mixed precision of a single process, too; by LoRA that only costs a third more
+    if WORLD > 1 or not cfg.lora_rank and cfg.dtype == "bfloat16":
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if GPU else "gloo",
             rank=RANK,
