@@ -136,12 +136,12 @@ class Config:
     lora_rank: int = 64  # rank of the adapters (LoRA); 0 trains every weight
     learning_rate: float = 1e-5  # of DPO, at its highest; with --lora_rank 0 rather 1e-6
     sft_learning_rate: float = 1e-4  # of SFT, reward and cost; with --lora_rank 0 rather 1e-5
-    max_steps: int = 10**9  # bound a stage, and dpo_steps, to so few
+    max_steps: int = 1_000_000  # bound a stage, and dpo_steps, to so few
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if GPU else "float32"  # of compute
     gradient_checkpointing: bool = GPU  # recompute activations in backward, to save memory
     eval_prompts: int = 2000  # prompts of the final table, a fifth of the dataset's at most
     eval_samples: int = 5  # responses per prompt there
-    sample_tokens: int = 32768 if GPU else 16384  # tokens, with padding, sampled at once
+    sample_tokens: int = 32768  # tokens, with padding, sampled at once
 
 
 # ---- The mathematics -----------------------------------------------------------------------------
@@ -294,7 +294,8 @@ def estimate(values, level=0.5):
 
 def ci95(values):
     """95% confidence interval [low, high] of E[values], clustered by prompt. values (n, m)."""
-    return [estimate(values, level) for level in (0.025, 0.975)]
+    error = 1.959964 * values.mean(dim=1).std() / math.sqrt(len(values))
+    return [float(values.mean() - error), float(values.mean() + error)]
 
 
 # ---- Rows and log-probabilities ------------------------------------------------------------------
@@ -960,7 +961,7 @@ def score(run, rows):
     return scores
 
 
-def as_read_by(tokenizer, rows, most=10**9):
+def as_read_by(tokenizer, rows, most=1_000_000_000):
     """Rows in the tokens and template of a score model, of `most` positions.
 
     Also an answer that was cut off is given an end: a score model has only learned what an end
@@ -1200,7 +1201,7 @@ def load_model(source, kind, dtype=None, new_head=False):
     if kind in SCORE_MODELS:
         return ScoreModel.from_pretrained(source, dtype, new_head)
     if source.startswith("{"):
-        config = AutoConfig.for_model(**json.loads(source)).get_text_config()
+        config = AutoConfig.for_model(**json.loads(source))
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     config = load_config(source)
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -1222,7 +1223,7 @@ def blocks_of(model):
 
 def positions_of(model):
     """How many positions a model has."""
-    return getattr(model.config, "max_position_embeddings", None) or 10**9
+    return getattr(model.config, "max_position_embeddings", None) or 1_000_000_000
 
 
 def export(run, model, path):
@@ -1238,7 +1239,7 @@ def export(run, model, path):
                 if isinstance(model.get_submodule(layer), Conv1D):
                     change = change.T
                 value = value.float() + change
-            state[name] = value.to(getattr(torch, run.cfg.dtype)).contiguous()
+            state[name] = value.to(getattr(torch, run.cfg.dtype))
 
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=run.tokenizer.eos_token_id, do_sample=True
@@ -1294,7 +1295,7 @@ def as_text(tokenizer, prompt):
     )
 
 
-def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
+def encode(tokenizer, prompt, responses, max_length, counts):
     """A prompt and responses in the template. → (prompt_ids, [y0_ids, y1_ids, …])
 
     A response ends at the end of sequence, which it gets unless it has it, and is cut to max_length
@@ -1308,8 +1309,6 @@ def encode(tokenizer, prompt, responses, max_length=10**9, counts=None):
     joined = [text + response.split(end)[0] + end for response in responses]
     head, *encoded = tokenizer([text, *joined], add_special_tokens=False)["input_ids"]
     answers = []
-    if counts is None:
-        counts = Counter()
     for whole, ids in zip(joined, encoded):
         if ids[: len(head)] != head:  # the prompt's tokens are no prefix: encode it by itself
             counts["responses whose tokens do not follow the prompt's"] += 1

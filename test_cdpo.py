@@ -960,9 +960,9 @@ def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_has_one
         assert tokenizer.decode(y) == text + "<|im_end|>"  # nothing is stripped
         assert (head + y) == template([*turn, {"role": "assistant", "content": text}])[:-1]
     for text in ("Fine.<|im_end|>", "Fine.<|im_end|>\n more"):  # nor anything behind an end kept
-        assert cdpo.encode(tokenizer, "Hi", [text])[1] == ys[:1]
+        assert cdpo.encode(tokenizer, "Hi", [text], 99, counts)[1] == ys[:1]
     clock = "{{ strftime_now('%d %b %Y') }}"
-    head, _ = cdpo.encode(chat_tokenizer(clock + CHATML), "How?", [])
+    head, _ = cdpo.encode(chat_tokenizer(clock + CHATML), "How?", [], 99, counts)
     assert re.match(r"\d\d \w{3} 20(1\d|2[0-5])<", tokenizer.decode(head))  # a past year
 
 
