@@ -33,13 +33,12 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cdpo
 from cdpo import dpo_loss, estimate, relabel, solve_dual
 
 F64 = functools.partial(torch.tensor, dtype=torch.float64)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 
 
@@ -110,26 +109,19 @@ def test_losses_stay_finite_and_linear_at_huge_scores_and_are_zero_of_no_pair():
         assert loss.item() == 0 and torch.autograd.grad(loss, logps)[0].isfinite().all()
 
 
-def test_soft_labels_are_the_preference_of_the_lagrangian_reward():
+def test_labels_are_the_preference_of_the_lagrangian_reward_or_drawn_from_it_or_the_likelier():
     reward, cost = np.random.default_rng(2).normal(0, 2, (2, 40, 2))
+    generator, before = torch.Generator().manual_seed(0), torch.get_rng_state()
     for lam in (0.0, 0.3, 2.0):
         odds = np.exp(reward - lam * cost)  # Bradley–Terry: odds of a win
-        p = relabel(F64(reward), F64(cost), lam)
-        assert p.numpy() == pytest.approx(odds[:, 0] / odds.sum(1), abs=1e-12)
-    assert relabel(F64([[1e4, -1e4]]), F64([[0.0, 0.0]]), 1.0).item() == 1.0  # odds beyond a float
-
-
-def test_soft_relabel_is_the_expectation_of_sampled_labels():
-    reward, cost, lam, draws = [1.0, -0.5], [0.7, 0.2], 0.8, 40_000
-    p = 1 / (1 + math.exp(-(1.0 - 0.8 * 0.7) + (-0.5 - 0.8 * 0.2)))
-    generator, before = torch.Generator().manual_seed(0), torch.get_rng_state()
-    labels = relabel(F64([reward] * draws), F64([cost] * draws), lam, "sample", generator)
-    assert labels.shape == (draws,) and set(labels.tolist()) == {0.0, 1.0}
-    assert labels.mean().item() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / draws))
+        p = odds[:, 0] / odds.sum(1)
+        assert relabel(F64(reward), F64(cost), lam).numpy() == pytest.approx(p, abs=1e-12)
+        often = F64(reward).repeat(10_000, 1), F64(cost).repeat(10_000, 1)
+        drawn = relabel(*often, lam, "sample", generator).unflatten(0, (-1, 40))
+        assert set(drawn.unique().tolist()) == {0.0, 1.0}
+        assert drawn.mean(0).numpy() == pytest.approx(p, abs=0.02)  # four standard errors
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
-
-
-def test_hard_labels_pick_the_higher_lagrangian_reward_and_split_ties():
+    assert relabel(F64([[1e4, -1e4]]), F64([[0.0, 0.0]]), 1.0).item() == 1.0  # odds beyond a float
     # r_λ by hand, λ = 0.5: (1, 0), (−1, 0), (0, 0); (2, 3), (−1, −4), (3, 3): none of the last is 0
     reward = F64([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [2.0, 4.0], [0.0, -3.0], [4.0, 3.0]])
     cost = F64([[0.0, 0.0], [4.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0], [2.0, 0.0]])
@@ -148,8 +140,6 @@ def test_soft_dpo_loss_is_the_expectation_of_dpos_own_over_every_labelling():
         expected += np.where(labels == 1, p, 1 - p).prod() * plain
     soft = dpo_loss(F64(policy), F64(ref), F64(p), beta)
     assert soft.shape == () and soft.item() == pytest.approx(expected, abs=1e-12)
-    same = dpo_loss(F64(policy), F64(policy), F64(p), beta)
-    assert same.item() == pytest.approx(math.log(2), abs=1e-12)  # whatever the labels
 
 
 def test_lambda_step_by_hand_for_costs_of_any_shape():
@@ -179,34 +169,24 @@ def test_dual_value_is_the_highest_lagrangian_and_its_slope_the_slack_of_pi_lamb
     assert float(ends[1] - ends[0]) / (2 * eps) == pytest.approx(slack, rel=1e-3)
 
 
-def dual_problem(number):
-    """Scores and β of many scales; E[c] at λ = 0 and at 100, and the lowest."""
-    rng = np.random.default_rng(number)
-    scale, beta = 10 ** rng.uniform([-2, -2], [2, 0])
-    cost = scale * (rng.normal(0, 1, (6, 12)) + rng.normal(0, 0.5, (6, 1)))
-    reward = scale * 10 ** rng.uniform(-0.5, 0.5) * rng.normal(0, 1, (6, 12))
-    start, end = (tilted_cost(reward, cost, lam, beta) for lam in (0.0, 100.0))
-    return reward, cost, float(beta), float(scale), start, end, cost.min(1).mean()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_solve_dual_is_the_bisected_multiplier_at_any_scale(dtype):
+def test_solve_dual_at_any_scale_is_the_bisected_multiplier_or_0_or_says_what_can_be_reached(dtype):
     for number in range(100):
-        reward, cost, beta, _, start, end, _ = dual_problem(number)
-        limit = float(end + np.random.default_rng(number).uniform(0.05, 0.95) * (start - end))
-        problem = torch.tensor(reward, dtype=dtype), torch.tensor(cost, dtype=dtype), beta, limit
-        lam, (reward, cost) = solve_dual(*problem), (x.double().numpy() for x in problem[:2])
-        assert lam == pytest.approx(bisected_lambda(reward, cost, beta, limit), rel=1e-6), number
-
-
-def test_solve_dual_is_zero_for_a_slack_limit_and_says_what_can_be_reached_for_another():
-    for number in range(20):
-        reward, cost, beta, scale, start, _, lowest = dual_problem(number)
-        assert solve_dual(F64(reward), F64(cost), beta, start + 0.1 * scale) == 0.0
+        rng = np.random.default_rng(number)
+        scale, beta = 10 ** rng.uniform([-2, -2], [2, 0])
+        cost = scale * (rng.normal(0, 1, (6, 12)) + rng.normal(0, 0.5, (6, 1)))
+        reward = scale * 10 ** rng.uniform(-0.5, 0.5) * rng.normal(0, 1, (6, 12))
+        scores = torch.tensor(np.stack([reward, cost]), dtype=dtype)
+        reward, cost = scores.double().numpy()
+        first, some, last = (tilted_cost(reward, cost, lam, beta) for lam in (0.0, 0.5, 100.0))
+        limit, lowest = last + rng.uniform(0.05, 0.95) * (first - last), cost.min(1).mean()
+        lam = bisected_lambda(reward, cost, beta, limit)
+        assert solve_dual(*scores, beta, limit) == pytest.approx(lam, rel=1e-6), number
+        assert solve_dual(*scores, beta, first + 0.1 * scale) == 0.0
         with pytest.raises(ValueError) as error:
-            solve_dual(F64(reward), F64(cost), beta, lowest - 0.1 * scale, 0.5)
+            solve_dual(*scores, beta, lowest - 0.1 * scale, 0.5)
         named = [*map(float, re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", str(error.value)))]
-        for value in (lowest, tilted_cost(reward, cost, 0.5, beta)):  # to four digits; at lam_max
+        for value in (lowest, some):  # to four digits; at lam_max
             assert any(x == pytest.approx(value, rel=5e-4) for x in named), error.value
 
 
@@ -223,22 +203,7 @@ def test_solve_dual_takes_finite_scores_only_each_by_itself():
     assert solve_dual(0 * huge, -huge, 1.0, 0.0, log_ratio=huge) == 0.0
 
 
-def test_implicit_reward_by_hand():
-    policy, reference = F64([[-8.0, -11.0, 0.0]]), F64([[-10.0, -10.0, -2.0]])
-    assert cdpo.implicit_reward(policy, reference, 0.5).tolist() == [[1.0, -0.5, 1.0]]
-
-
-def test_estimate_and_ci95_by_hand_are_clustered_by_prompt():
-    # prompt means 0, 2, 4: mean 2, std 2, standard error 2/√3; samples within prompts differ
-    values, error = F64([[-5.0, 5.0], [1.0, 3.0], [4.0, 4.0]]), 2 / math.sqrt(3)
-    assert estimate(values) == estimate(values, 0.5) == pytest.approx(2.0, abs=1e-12)
-    assert estimate(values, 0.95) == pytest.approx(2 + 1.644854 * error, abs=1e-5)
-    assert estimate(values[1:2]) == 2.0  # of one prompt
-    interval = [2 - 1.959964 * error, 2 + 1.959964 * error]
-    assert cdpo.ci95(values) == pytest.approx(interval, abs=1e-5)
-
-
-def test_predict_by_hand():
+def test_predict_and_estimate_which_is_clustered_by_prompt_by_hand():
     # three prompts, two samples; (r − λc)/β − log_ratio is 0 and ln 3, or twice 0; λ = 2, β = 0.5
     cost = F64([[1.0, 2.0], [-1.0, 3.0], [0.5, 0.0]])
     log_ratio = F64([[0.3, 0.1], [-1.0, 0.5], [0.0, 2.0]])
@@ -251,13 +216,16 @@ def test_predict_by_hand():
         assert found["ess"] == pytest.approx((1.6 + 1.6 + 2) / 3, abs=1e-12)  # 1/Σw²
     sure = cdpo.predict(F64([[900.0, 0.0, 0.0]]), F64([[1.0, 0.0, 0.0]]), 0.0, 1.0)
     assert (sure["ess"], sure["cost"]) == (1.0, 1.0)
+    # prompt means 0, 2, 4: mean 2, std 2, standard error 2/√3; samples within prompts differ
+    values = F64([[-5.0, 5.0], [1.0, 3.0], [4.0, 4.0]])
+    assert estimate(values) == estimate(values, 0.5) == pytest.approx(2.0, abs=1e-12)
+    assert estimate(values, 0.95) == pytest.approx(2 + 1.644854 * 2 / math.sqrt(3), abs=1e-5)
+    assert estimate(values[1:2]) == 2.0  # of one prompt
 
 
 def test_each_public_function_can_be_pasted_beside_torch_and_math_alone():
-    names = (
-        "bradley_terry_loss cost_loss relabel dpo_loss lambda_step dual_value solve_dual predict "
-    )
-    names += "implicit_reward estimate ci95 collate_rows sequence_logps"
+    names = "bradley_terry_loss cost_loss relabel dpo_loss lambda_step dual_value solve_dual "
+    names += "predict implicit_reward estimate ci95 collate_rows sequence_logps"
     for name in names.split():
         codes = [getattr(cdpo, name).__code__]
         for code in codes:  # and of the functions within it
@@ -270,17 +238,13 @@ def test_each_public_function_can_be_pasted_beside_torch_and_math_alone():
 
 EOS = 2
 SHAPE = {"vocab_size": 50, "eos_token_id": EOS, "pad_token_id": EOS, "bos_token_id": 1}
-DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+SHAPE |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
 KINDS = pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
-LENGTHS = [(6, [4]), (1, [1, 1]), (9, [1, 12, 3]), (3, [8, 1, 5, 2, 2])]  # prompt, its responses
-LENGTHS += [(12, [5, 5, 1, 7, 2, 3, 3, 8]), (4, [2, 6, 1, 3, 5, 4, 2, 1, 3, 6, 2, 4, 1, 5, 3, 2])]
 
 
 def config_for(kind, **settings):
-    shape = SHAPE | (GPT2 if kind == "gpt2" else DECODER)
-    return transformers.AutoConfig.for_model(kind, **{**shape, **settings})
+    return transformers.AutoConfig.for_model(kind, **{**SHAPE, **settings})
 
 
 def tiny_model(kind, **settings):
@@ -290,7 +254,7 @@ def tiny_model(kind, **settings):
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
 
 
-def random_rows(lengths=LENGTHS):
+def random_rows(lengths=((6, [4]), (1, [1, 1]), (9, [1, 12, 3]), (12, [5, 1, 7, 2, 3, 8]))):
     """Random ids; every prompt and response ends with the padding id (= eos), unless empty."""
     rng = random.Random(15)
 
@@ -314,17 +278,18 @@ def separate_logps(model, rows):
 @KINDS
 def test_rows_equal_separate_sequences_in_log_probs_and_gradients(kind, pad_id, chunk):
     model, rows = tiny_model(kind), random_rows()
-    model.config.vocab_size = 2**27 // chunk
+    head = functools.partial(model.get_output_embeddings())  # of a vocabulary as it were so large
+    head.weight, model.get_output_embeddings = torch.empty(2**27 // chunk, 0), lambda: head
     seen, embeddings = [], model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, args, _: seen.append(args[0].numel()))
     shared = cdpo.sequence_logps(model, cdpo.collate_rows(rows, pad_id=pad_id))
     handle.remove()
     assert seen == [len(rows) * max(len(x) + sum(map(len, ys)) for x, ys in rows)]  # a prompt once
     separate = separate_logps(model, rows)
-    assert shared.shape == (35,) and shared.dtype == torch.float32
+    assert shared.shape == (12,) and shared.dtype == torch.float32
     assert (shared - separate).abs().max() < 1e-4
     # weights at random, so that no response's gradient can hide behind another's
-    weight = torch.randn(35, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(12, generator=torch.Generator().manual_seed(1))
     one = torch.autograd.grad((weight * shared).sum(), list(model.parameters()))
     other = torch.autograd.grad((weight * separate).sum(), list(model.parameters()))
     for (name, _), x, y in zip(model.named_parameters(), one, other):
@@ -335,7 +300,7 @@ def test_an_empty_response_is_scored_at_the_prompts_end_and_an_empty_prompt_refu
     rows = random_rows([(5, [3, 0, 4]), (2, [0])])
     logps = cdpo.sequence_logps(tiny_model("llama"), cdpo.collate_rows(rows))
     assert (logps == 0).tolist() == [False, True, False, True]
-    write_classifier(tmp_path, "llama")
+    tiny_classifier("llama").save_pretrained(tmp_path)
     model = cdpo.ScoreModel.from_pretrained(tmp_path).eval()
     scores = cdpo.Responses(model)(cdpo.collate_rows(rows)).tolist()
     for prompt, y in [(prompt, y) for prompt, responses in rows for y in responses]:  # in order
@@ -349,7 +314,6 @@ def test_log_probs_of_a_bfloat16_model_are_taken_in_float32():
     # DPO trains on differences that bfloat16 rounds away; one-token responses show the rounding
     model, rows = tiny_model("llama").bfloat16(), random_rows([(5, [1, 1])] * 16)
     logps = cdpo.sequence_logps(model, cdpo.collate_rows(rows, pad_id=EOS))
-    assert logps.dtype == torch.float32
     assert (logps != logps.bfloat16().float()).float().mean() > 0.8
 
 
@@ -366,10 +330,10 @@ def written(path, rows):
     return str(path)
 
 
-def rows_from(path, model="{}", **settings):
-    """The rows of each prompt of a dataset, by the program's reader and the byte tokenizer."""
-    cfg, tokenizer = cdpo.Config(dataset=str(path), **settings), cdpo.load_tokenizer(model)
-    return list(itertools.chain(*cdpo.load_rows(cfg, tokenizer, "dataset", NEED)))
+def rows_from(path, tokenizer=None, **settings):
+    """The rows of each prompt of a dataset, by the program's reader; in bytes by default."""
+    cfg, words = cdpo.Config(dataset=str(path), **settings), tokenizer or cdpo.load_tokenizer("{}")
+    return list(itertools.chain(*cdpo.load_rows(cfg, words, "dataset", NEED)))
 
 
 def row_of(lengths, compared=(), helpful=(), harmful=(), scores=()):
@@ -384,15 +348,14 @@ def run_of(folder=Path(), tokenizer=None, rows=(), reward_rows=(), **settings):
 
 
 def test_score_losses_are_oriented_as_the_labels_are(tmp_path):
-    entries = [
-        {**GOOD, "response_0": "a", "response_1": "b"},  # b helps more, and is the harmful one
+    # y0, y1; which helps more, which is safer, whether each is safe, in any usual way
+    pairs = [
+        ("a", "b", True, 0, 1, False),  # b helps more, and is the harmful one
         # a is called unsafe here though safe above: a label belongs to its pair, not to a response
-        {**GOOD, "response_0": "c", "response_1": "a", "better_response_id": 0},
-        {**GOOD, "response_0": "c", "response_1": "a", "safer_response_id": 1},
+        ("c", "a", 0, False, 1.0, 0),
+        ("c", "a", 1, 1, False, 0.0),
     ]
-    entries[2] |= {"is_response_0_safe": False, "is_response_1_safe": 0.0}
-    entries[1] |= {"safer_response_id": False, "is_response_0_safe": 1.0, "is_response_1_safe": 0}
-    entries[0] |= {"better_response_id": True, "is_response_0_safe": 1}  # in any usual way
+    entries = [dict(zip(NEED, ["mix oil", *pair])) for pair in pairs]
     ((row,),) = rows_from(written(tmp_path / "d.jsonl", entries))
     assert row.responses == ["a", "b", "c"] and row.weight == 3
     a, b, c = values = 0.3, 1.0, -2.0
@@ -407,12 +370,6 @@ def test_score_losses_are_oriented_as_the_labels_are(tmp_path):
     assert loss.item() == pytest.approx(by_hand) and right.tolist() == [True, True, False]
 
 
-def test_sft_weighs_a_response_by_how_often_people_compared_it():
-    row = row_of([2, 3, 4], [(0, 1), (0, 2)])
-    loss, _ = cdpo.sft_loss(row, torch.tensor([-5.0, -7.0, -11.0]))
-    assert loss.item() == pytest.approx((5 + 7 + 5 + 11) / (2 + 3 + 2 + 4))
-
-
 def dpo_by_hand(row, logps, couples, lam, beta):
     """(12) and (13) on couples of a row, their mean."""
     r_lam, ratio, losses = row.reward - lam * row.cost, logps - row.ref_logps, []
@@ -422,9 +379,11 @@ def dpo_by_hand(row, logps, couples, lam, beta):
     return np.mean(losses)
 
 
-def test_dpo_on_a_row_is_the_mean_over_all_pairs_or_over_the_datasets():
+def test_sft_counts_a_response_as_often_as_it_was_compared_and_dpo_all_pairs_or_the_datasets():
     scores = [1.0, 0.0, 2.0], [0.5, -1.0, 2.0], [-3.0, -4.0, -5.0]
     row, logps = row_of([1, 2, 3], [(0, 1), (0, 1), (2, 0)], scores=scores), F64([-2.0, -5.0, -4.5])
+    by_token = (2 + 5 + 2 + 5 + 4.5 + 2) / (1 + 2 + 1 + 2 + 3 + 1)
+    assert cdpo.sft_loss(row, logps)[0].item() == pytest.approx(by_token)
     for all_pairs, couples in [(True, [(0, 1), (0, 2), (1, 2)]), (False, row.compared)]:
         cfg = cdpo.Config(beta=0.3, all_pairs=all_pairs)
         loss, _ = cdpo.relabelled_dpo(cfg, 0.8, 0)(row, logps)
@@ -460,8 +419,7 @@ def test_algorithm_1_relabels_fits_samples_steps_and_keeps_the_best(recycle, tmp
     monkeypatch.setattr(cdpo, "measure", lambda *_: iterates[len(trained) - 1])
     settings = {"beta": 0.5, "batch_size": 4, "dpo_steps": 5, "iterations": 3, "recycle": recycle}
     settings |= {"lambda_step": "gradient", "lambda_lr": 0.5, "cost_confidence": 0.95}
-    settings["lora_rank"] = 0
-    run, first = run_of(tmp_path, None, rows, **settings), 1.0
+    run, first = run_of(tmp_path, None, rows, lora_rank=0, **settings), 1.0
     second = first + 0.5 * (0.4 + width)  # (14)
     lams = [first, second, second + 0.5 * (width - 0.2)]
     assert cdpo.constrained_dpo(run, dual, 0.0, first) == pytest.approx(second)
@@ -606,12 +564,9 @@ def test_pecan_takes_the_help_of_a_helpful_policy_as_r_and_minus_a_safe_ones_as_
         loss_fn(rows[0], logps)[0].backward()
         signs[name] = logps.grad.sign().tolist()
 
-    def scores_stage(run):
-        raise StopIteration
-
     monkeypatch.setattr(cdpo, "fit_stage", fit_stage)
-    monkeypatch.setattr(cdpo, "scores_stage", scores_stage)
-    with pytest.raises(StopIteration):  # what comes before it is what is of interest
+    monkeypatch.setattr(cdpo, "scores_stage", lambda run: sys.exit("what is of interest is over"))
+    with pytest.raises(SystemExit, match="over"):
         cdpo.all_stages(run)
     assert signs == {"helpful": [-1, 1], "safe": [1, -1]}  # of a loss: what wins has −1
 
@@ -619,8 +574,7 @@ def test_pecan_takes_the_help_of_a_helpful_policy_as_r_and_minus_a_safe_ones_as_
 # ---- Whole runs, which tests share ---------------------------------------------------------------
 
 TINY = str(Path(__file__).with_name("tiny_config.json"))
-FEW = f"--config {TINY} --dataset tiny:400 --max_steps 2 --iterations 1 --eval_samples 2".split()
-FEW += ["--dual_samples", "2", "--lambda_samples", "2"]
+FEW = f"--config {TINY} --dataset tiny:400 --max_steps 2 --dual_samples 2 --eval_samples 2".split()
 SHORT = f"--config {TINY} --dataset tiny:1500 --max_steps 4 --iterations 2 --lambda_samples 4"
 SHORT = [*SHORT.split(), "--eval_samples", "4", "--dual_samples", "8"]
 QUICK = [*SHORT, "--lambda_init", "1"]
@@ -667,17 +621,11 @@ def quick(tmp_path_factory):
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def tiny_world(count, tokenizer=None):
-    """Rows of the tiny world, and their tokenizer."""
-    tokenizer, cfg = tokenizer or cdpo.tiny_tokenizer(), cdpo.Config(dataset=f"tiny:{count}")
-    fifth, others = cdpo.load_rows(cfg, tokenizer, "dataset", NEED)
-    return list(itertools.chain(*fifth, *others)), tokenizer
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon"])  # of Conv1D; of a Linear of its own
 @pytest.mark.parametrize("stage", ["policy", "reward_model"])
 def test_lora_begins_at_its_base_and_adds_a_low_rank_to_each_linear_layer(tmp_path, kind, stage):
-    (rows, tokenizer), rank, base = tiny_world(60), 3, tiny_model(kind)
+    tokenizer, rank, base = cdpo.tiny_tokenizer(), 3, tiny_model(kind)
+    rows = list(itertools.chain(*rows_from("tiny:60", tokenizer)))
     base.save_pretrained(tmp_path / "base")
     settings = {"sft_model": str(tmp_path / "base"), "lora_rank": rank, "dtype": "float32"}
     settings |= {"iterations": 1, "dpo_steps": 8, "batch_size": math.ceil(len(rows) / 8)}
@@ -685,22 +633,23 @@ def test_lora_begins_at_its_base_and_adds_a_low_rank_to_each_linear_layer(tmp_pa
     trainee, steps = cdpo.start_training(run, stage, rows)
     batch = cdpo.collate_rows([row.ids for row in rows])
     assert len(steps) == 8
+    loss_fn = cdpo.sft_loss if stage == "policy" else cdpo.reward_loss
     if stage == "policy":  # bit for bit, in the mode of training
         assert torch.equal(trainee(batch), cdpo.sequence_logps(base, batch))
-    head = {n: w.clone() for n, w in trainee[0].named_parameters() if "score_head" in n}
-    loss_fn = cdpo.reward_loss if head else cdpo.sft_loss
+    start = copy.deepcopy(trainee[0])
     cdpo.train(run.cfg, trainee, [rows[:8], rows[8:16]] * 4, loss_fn)
-    after = trainee(batch)
 
     cdpo.export(run, trainee[0], tmp_path / stage)
-    kinds = {"policy": AutoModelForCausalLM, "reward_model": cdpo.ScoreModel}
-    exported = kinds[stage].from_pretrained(tmp_path / stage).eval()
     if stage == "policy":  # of plain transformers
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / stage)
         found = separate_logps(exported, [row.ids for row in rows])
+        assert torch.equal(exported.lm_head.weight, base.lm_head.weight)
         assert exported.generation_config.eos_token_id == tokenizer.eos_token_id
-    else:
+    else:  # its head is a new one, trained whole
+        exported = cdpo.ScoreModel.from_pretrained(tmp_path / stage)
         found = cdpo.Responses(exported)(batch)
-    assert (found - after).abs().max() < 1e-4
+        assert not torch.equal(exported.score_head.weight, start.score_head.weight)
+    assert (found - trainee(batch)).abs().max() < 1e-4
 
     old, layers = dict(base.base_model.named_parameters()), 0
     for name, weight in exported.base_model.named_parameters():
@@ -711,14 +660,11 @@ def test_lora_begins_at_its_base_and_adds_a_low_rank_to_each_linear_layer(tmp_pa
         else:
             assert torch.equal(weight, old[name]), name
     assert layers == {"llama": 2 * 7, "gpt2": 2 * 4, "falcon": 2 * 4}[kind]
-    if head:  # a new one, trained whole
-        assert not torch.equal(exported.score_head.weight, head["score_head.weight"])
-    else:
-        assert torch.equal(exported.lm_head.weight, base.lm_head.weight)
 
 
 def test_a_step_is_that_of_a_textbook_loop_however_it_is_cut(tmp_path):
-    (rows, tokenizer), rate = tiny_world(60), 0.01
+    tokenizer, rate, flat = cdpo.tiny_tokenizer(), 0.01, torch.nn.utils.parameters_to_vector
+    rows = list(itertools.chain(*rows_from("tiny:60", tokenizer)))
     tiny_model("llama").save_pretrained(tmp_path)
     settings = {"sft_model": str(tmp_path), "lora_rank": 0, "sft_learning_rate": rate}
     settings["batch_size"] = 1  # 80 rows are 80 steps
@@ -736,9 +682,7 @@ def test_a_step_is_that_of_a_textbook_loop_however_it_is_cut(tmp_path):
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
             optimizer.param_groups[0]["lr"] = share * rate
             optimizer.step()
-        first, one, other = (
-            torch.nn.utils.parameters_to_vector(m.parameters()) for m in (start, plain, trainee)
-        )
+        first, one, other = (flat(model.parameters()) for model in (start, plain, trainee))
         assert (one - other).norm() < 0.001 * (one - first).norm()
     shares = [trainee.scheduler.lr_lambdas[0](step) for step in (0, 1, 9, 25, 40, 60, 79)]
     assert shares == pytest.approx([0.1, 0.2, 1.0, 1.0, 1.0, 0.5, 0.025])  # falls to 0
@@ -777,7 +721,8 @@ def test_held_out_accuracy_is_of_the_labels_that_there_are_by_hand(capsys, monke
 
 
 def test_score_models_read_an_answer_at_its_end_though_it_was_cut_off(tmp_path):
-    theirs = write_classifier(tmp_path, "llama", vocab_size=300)
+    theirs = tiny_classifier("llama", vocab_size=300)
+    theirs.save_pretrained(tmp_path)
     cdpo.load_tokenizer("{}").save_pretrained(tmp_path)
     run = run_of(tmp_path, cost_model=str(tmp_path), max_length=9, dtype="float32")
     row = cdpo.Row("x", ["ab", "", "abc"], ([7], [[5], [1], [5, 1]]))  # in the policy's tokens
@@ -855,13 +800,11 @@ def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
 # ---- Models --------------------------------------------------------------------------------------
 
 
-def write_classifier(folder, kind, labels=1, **settings):
-    """A sequence-classification checkpoint as transformers itself writes it."""
+def tiny_classifier(kind, **settings):
+    """A sequence classifier of transformers itself."""
     torch.manual_seed(0)
-    config = config_for(kind, num_labels=labels, **{"pad_token_id": 0, **settings})
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    model.save_pretrained(folder)
-    return model
+    config = config_for(kind, **{"num_labels": 1, "pad_token_id": 0, **settings})
+    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
 
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])
@@ -869,10 +812,10 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 IN_ROWS = [([3, 4, 5], [[9], [6, 7]]), ([8, 9], [[10]])]  # the same ones, beside another
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @KINDS
 def test_a_classification_checkpoint_scores_as_by_its_own_forward_pass(tmp_path, kind, dtype):
-    theirs = write_classifier(tmp_path, kind).to(dtype)
+    theirs = tiny_classifier(kind).to(dtype)
     theirs.save_pretrained(tmp_path)
     ours = cdpo.ScoreModel.from_pretrained(tmp_path)
     own = theirs(IDS, attention_mask=MASK).logits[:, 0].float()
@@ -885,7 +828,7 @@ def test_a_classification_checkpoint_scores_as_by_its_own_forward_pass(tmp_path,
 def write_beaver(folder, bias=True, normalize=False, kind="cost", buffers=True):
     """A score checkpoint written by hand, as safe-rlhf writes them."""
     torch.manual_seed(1)
-    config = transformers.LlamaConfig(vocab_size=40, **DECODER)
+    config = config_for("llama", vocab_size=40)
     decoder, weight = transformers.LlamaModel(config), torch.randn(1, 32)
     tensors = {f"model.{name}": value.clone() for name, value in decoder.state_dict().items()}
     tensors["score_head.weight"] = weight
@@ -894,7 +837,6 @@ def write_beaver(folder, bias=True, normalize=False, kind="cost", buffers=True):
     if normalize and buffers:
         moments = {"mean": [0.5], "var": [4.0], "count": [10]}
         tensors |= {f"normalizer.{name}": torch.tensor(value) for name, value in moments.items()}
-    folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     settings = {"architectures": ["LlamaForScore"], "score_type": kind, "score_dim": 1}
     settings |= {"score_bias": bias, "do_normalize": normalize}
@@ -913,47 +855,35 @@ def test_beaver_checkpoints_give_hand_computed_scores(tmp_path, bias, normalize,
     score = torch.stack([hidden[0, 4], hidden[1, 2]]) @ weight[0] + 0.7 * bias
     if normalize:
         score = score / 2 if kind == "cost" else (score - 0.5) / 2
-    model = cdpo.ScoreModel.from_pretrained(tmp_path)
-    assert torch.allclose(model(IDS, MASK), score, atol=1e-4)
-    in_rows = cdpo.Responses(model)(cdpo.collate_rows(IN_ROWS))[1:]
-    assert torch.allclose(in_rows, score, atol=1e-4)
-    model.save_pretrained(tmp_path / "again")
-    again = cdpo.ScoreModel.from_pretrained(tmp_path / "again")
-    assert torch.allclose(again(IDS, MASK), score, atol=1e-4)
+    ours = cdpo.ScoreModel.from_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path / "again")
+    for model in (ours, cdpo.ScoreModel.from_pretrained(tmp_path / "again")):
+        in_rows = cdpo.Responses(model)(cdpo.collate_rows(IN_ROWS))[1:]
+        assert torch.allclose(torch.stack([model(IDS, MASK), in_rows]), score, atol=1e-4)
 
 
 # ---- Text and tokens -----------------------------------------------------------------------------
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
 def chat_tokenizer(template=CHATML, **special):
-    """Bytes and a few merges."""
-    names, byte_level = ["<|im_start|>", "<|im_end|>"], tokenizers.pre_tokenizers
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = byte_level.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    options = {"initial_alphabet": byte_level.ByteLevel.alphabet(), "show_progress": False}
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=names, **options)
-    tokenizer.train_from_iterator(["\n\n\n", "the answer is here"] * 9, trainer)
+    """Bytes, and a merge of two newlines."""
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {word: i for i, word in enumerate([*sorted(byte_level.alphabet()), "ĊĊ"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     settings = {"eos_token": "<|im_end|>", "chat_template": template, **special}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
-def saved(tokenizer, folder):
-    """A tokenizer as the program loads it from a folder."""
-    tokenizer.save_pretrained(folder)
-    return cdpo.load_tokenizer(str(folder))
-
-
 def test_a_prompt_goes_through_the_tokenizers_own_template_and_an_answer_has_one_end(tmp_path):
-    tokenizer, answers = saved(chat_tokenizer(), tmp_path), ["Fine.", " spaced out \n"]
-    counts = Counter()
+    chat_tokenizer().save_pretrained(tmp_path)
+    tokenizer, answers = cdpo.load_tokenizer(str(tmp_path)), ["Fine.", " spaced out \n"]
+    turn, counts = [{"role": "user", "content": "Hi"}], Counter()
     head, ys = cdpo.encode(tokenizer, "Hi", answers, 99, counts)
-    turn = [{"role": "user", "content": "Hi"}]
     template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
     assert head == template(turn, add_generation_prompt=True) and not counts
     for text, y in zip(answers, ys):
@@ -973,7 +903,8 @@ def test_a_tokenizer_without_a_template_gets_beavers_which_goes_with_the_policy(
     bos.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**texts)
     made = {"byte": transformers.ByT5Tokenizer(), "chat": chat_tokenizer(None), "<|im_start|>": bos}
     for begin, tokenizer in made.items():
-        saved(tokenizer, tmp_path / begin).save_pretrained(tmp_path / begin / "policy")
+        tokenizer.save_pretrained(tmp_path / begin)
+        cdpo.load_tokenizer(str(tmp_path / begin)).save_pretrained(tmp_path / begin / "policy")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / begin / "policy")
         plain = functools.partial(tokenizer.encode, add_special_tokens=False)
         head, [y] = cdpo.encode(tokenizer, prompt, ["bé"], 999, Counter())
@@ -997,7 +928,7 @@ def test_a_response_is_encoded_as_read_behind_its_prompt_and_cut_without_its_end
     assert counts.total() == 2 and tokenizer.decode(y) == "\n\nHi<|im_end|>"
 
 
-# ---- Files, and the gate: data -------------------------------------------------------------------
+# ---- Files, and the gate -------------------------------------------------------------------------
 
 
 def test_a_file_is_whole_or_as_it_was_and_what_a_link_in_its_way_points_to_stays(tmp_path, capsys):
@@ -1020,11 +951,10 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(entries))
     data.to_parquet(tmp_path / "a.parquet")
     data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
     expected = rows_from(written(tmp_path / "a.jsonl", entries))
     assert sum(len(row.compared) for row in itertools.chain(*expected)) == 40
     assert ["None", "null"] in [rows[0].responses for rows in expected]
-    for name in ("a.json", "a.parquet", "one", "splits/train"):
+    for name in ("a.json", "a.parquet", "one"):
         assert repr(rows_from(tmp_path / name)) == repr(expected), name
 
 
@@ -1057,25 +987,23 @@ def test_a_long_prompt_gives_several_rows_each_labelled_pair_whole_in_one(tmp_pa
     assert len(parts) > 5 and sorted(found) == sorted(couples)
 
 
-PARTS = ("table_rows", "dual_rows", "train_rows", "reward_rows", "reward_table")
-
-
 def parts_of(tokenizer, **settings):
     """Prompts, without blanks, of each part of the data as the program splits it."""
     run = cdpo.load_run(cdpo.Config(lambda_prompts=9, **settings), tokenizer)
-    return run, [{row.prompt.strip() for row in getattr(run, part)} for part in PARTS]
+    parts = run.table_rows, run.dual_rows, run.train_rows, run.reward_rows, run.reward_table
+    return run, [{row.prompt.strip() for row in rows} for rows in parts]
 
 
 def test_prompts_of_the_table_of_lambda_and_of_training_are_different_ones(tmp_path):
     tokenizer = cdpo.load_tokenizer("{}")  # that trims its prompts, as Llama-3's does
     tokenizer.chat_template = "{{ 'Q: ' + messages[0].content.strip() }}"
     entries = [{**GOOD, "prompt": f"mix {i % 100}" + " " * (i // 100)} for i in range(300)]
-    table = written(tmp_path / "eval.jsonl", [{"prompt": " mix 7"}, {"prompt": "new"}])
-    for given in (None, table):
-        data = written(tmp_path / "d.jsonl", entries)
+    table, data = [{"prompt": " mix 7"}, {"prompt": "new"}], written(tmp_path / "d.jsonl", entries)
+    for given in (None, written(tmp_path / "eval.jsonl", table)):
         _, parts = parts_of(tokenizer, dataset=data, eval_dataset=given)
-        assert len(set.union(*parts[:3])) == sum(map(len, parts[:3])) and len(parts[1]) == 9
-        assert len(parts[0]) == (2 if given else 20) and parts[3:] == [parts[2], parts[0]]
+        sizes = [2, 9, 90] if given else [20, 9, 71]
+        assert [*map(len, parts[:3])] == sizes and len(set.union(*parts[:3])) == sum(sizes)
+        assert parts[3:] == [parts[2], parts[0]]
 
 
 def test_the_reward_model_learns_from_a_dataset_of_its_own(tmp_path):
@@ -1096,9 +1024,6 @@ def test_the_reward_model_learns_from_a_dataset_of_its_own(tmp_path):
         assert row.helpful == [[better, 1 - better]]
 
 
-# ---- The gate ------------------------------------------------------------------------------------
-
-
 def many(**changes):
     """Forty good rows over twenty prompts, then one with changes; what is ... is left out."""
     rows = [{**GOOD, "prompt": f"mix {i // 2}", "response_0": f"read {i}"} for i in range(40)]
@@ -1106,21 +1031,13 @@ def many(**changes):
 
 
 BAD_DATA = {  # name of a file: (rows, words of the message)
-    "no_prompt": (
-        many(prompt=...),
-        "row 41: KeyError: 'prompt'; needed columns: prompt, response_0",
-    ),
+    "no_prompt": (many(prompt=...), "row 41: KeyError: 'prompt'; needed columns: prompt, resp"),
     "label_of_2": (many(safer_response_id=2), "row 41: safer_response_id is 2; it must be 0 or 1"),
-    "no_text": (
-        [{**GOOD, "prompt": ["mix"]}] * 40,
-        "row 1: ['mix'] must be text",
-    ),
+    "no_text": ([{**GOOD, "prompt": ["mix"]}] * 40, "row 1: ['mix'] must be text"),
     "empty": ([], "empty.jsonl: 0 rows of 0 prompts: {}: too few can be used"),
     "equal": ([{**GOOD, "response_0": "burn"}] * 40, "{'of identical responses': 40}"),
     "contrary": ([{**GOOD, "safer_response_id": 1}] * 40, "unsafe beside a safe one': 40}"),
     "long": ([{**row, "prompt": "mix " * 60} for row in many()], "that fills --max_length"),
-    "one_prompt": ([GOOD] * 40, "too few different prompts"),
-    "broken": (None, "--dataset broken.jsonl: cannot be read"),
 }
 SMALL = '{"model_type":"llama","hidden_size":8,"num_hidden_layers":1,"num_attention_heads":1}'
 DATA = f"--max_length 128 --model {SMALL} --dataset"
@@ -1168,10 +1085,9 @@ REFUSED = {  # flags: words of the message
 REFUSED |= {f"{DATA} {name}.jsonl": words for name, (_, words) in BAD_DATA.items()}
 
 
-def given(folder, kind="llama", tokenizer=None, make=None, **settings):
+def given(folder, kind="llama", tokenizer=None, make=tiny_model, **settings):
     """A folder with a model for the tiny world's tokens, and its tokenizer."""
-    model = write_classifier(folder, kind, **settings) if make else tiny_model(kind, **settings)
-    model.save_pretrained(folder)
+    make(kind, **settings).save_pretrained(folder)
     (tokenizer or cdpo.tiny_tokenizer()).save_pretrained(folder)
 
 
@@ -1180,9 +1096,8 @@ def files(tmp_path_factory):
     """What the refusals name: datasets, settings, policies, score models."""
     folder = tmp_path_factory.mktemp("files")
     for name, (rows, _) in BAD_DATA.items():
-        written(folder / f"{name}.jsonl", rows or [])
+        written(folder / f"{name}.jsonl", rows)
     (folder / "answers.csv").write_text("prompt,response_0,response_1\na,b,c\n")
-    (folder / "broken.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": \n')
     written(folder / "good.jsonl", many())
     written(folder / "harm.jsonl", many(better_response_id=...)[::-1])
     (folder / "UNKNOWN.json").write_text('{"lamda": 1}')
@@ -1205,19 +1120,18 @@ def files(tmp_path_factory):
     transformers.LlavaConfig().save_pretrained(folder / "IMAGES")
     tiny_model("qwen2").save_pretrained(folder / "NO_TOKENIZER")
     given(folder / "WINDOW", "mistral", sliding_window=96)  # longer than all texts
-    layers = ["full_attention", "full_attention", "sliding_attention"]
-    deep = {"layer_types": layers, "num_hidden_layers": 3, "use_sliding_window": True}
-    deep |= {"sliding_window": 96, "vocab_size": 280}
+    deep = {"layer_types": ["full_attention"] * 2 + ["sliding_attention"], "num_hidden_layers": 3}
+    deep |= {"use_sliding_window": True, "sliding_window": 96, "vocab_size": 280}
     given(folder / "DEEP", "qwen2", chat_tokenizer(), **deep)
     given(folder / "GRANITE", "granite", logits_scaling=4.0)
     given(folder / "TWENTY_TOKENS", vocab_size=20)
     given(folder / "GPT2", "gpt2", dtype="bfloat16")
 
-    write_beaver(folder / "COST")
     cdpo.tiny_tokenizer().save_pretrained(folder / "COST")
-    write_classifier(folder / "NO_TOKENIZER_EITHER", "gemma")
-    given(folder / "THREE", make=write_classifier, labels=3)
-    given(folder / "POSITIONS", make=write_classifier, max_position_embeddings=8)
+    write_beaver(folder / "COST")
+    tiny_classifier("gemma").save_pretrained(folder / "NO_TOKENIZER_EITHER")
+    given(folder / "THREE", make=tiny_classifier, num_labels=3)
+    given(folder / "POSITIONS", make=tiny_classifier, max_position_embeddings=8)
     return folder
 
 
@@ -1227,8 +1141,7 @@ def refusal_of(capsys, folder, *flags):
     with pytest.raises(SystemExit) as refusal:
         main(folder, *flags)
     message = capsys.readouterr().err
-    assert refusal.value.code == 2 and "Traceback" not in message, message
-    assert message.startswith("cdpo: ") and message.count("\n") == 1, message
+    assert refusal.value.code == 2 and message.startswith("cdpo: ") and message.count("\n") == 1
     return message
 
 
@@ -1350,10 +1263,8 @@ def enumerated_world(run, prompts):
         head, ys = cdpo.encode(run.tokenizer, x, answers, 99, Counter())
         for i in range(0, 584, 73):
             rows.append(cdpo.Row(x, answers[i : i + 73], (head, ys[i : i + 73])))
-    tables = []
-    for name in ("sft", "policy", "reward_model", "cost_model"):
-        values = cdpo.values_of(run, name, rows)
-        tables.append(values.view(len(prompts), 584).double().numpy())
+    names = "sft", "policy", "reward_model", "cost_model"
+    tables = [cdpo.values_of(run, name, rows).view(-1, 584).double().numpy() for name in names]
     truth = np.array([[cdpo.tiny_truth(x, y) for y in answers] for x in prompts])
     return *tables, truth[..., 0], truth[..., 1]
 
@@ -1393,8 +1304,7 @@ def test_the_first_command_finds_the_exact_constrained_optimum_of_its_world(tiny
 
 def test_a_run_leaves_what_the_contract_names_and_the_papers_ordering(tiny):
     both = "lambda cost_mean cost_ci95 reward_mean reward_ci95 kl "
-    metric_fields = both + "iteration dpo_loss dpo_accuracy pairs_per_second tokens_per_second "
-    metric_fields += "seconds peak_memory_gb"
+    metric_fields = both + "dpo_accuracy pairs_per_second tokens_per_second seconds peak_memory_gb"
     result_fields = both + "name reward_std cost_std safe_rate length_mean true_reward_mean"
     metrics, results = json_lines(tiny / "metrics.jsonl"), list(results_of(tiny).values())
     assert [entry["iteration"] for entry in metrics] == list(range(len(metrics)))
@@ -1405,11 +1315,7 @@ def test_a_run_leaves_what_the_contract_names_and_the_papers_ordering(tiny):
             assert np.isfinite(np.hstack(values)).all()
     assert ["predicted_cost" in row for row in results] == [False, True, True]  # SFT has no λ
     assert metrics[0]["first_loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy is reference
-    samples = json_lines(tiny / "samples.jsonl")
-    assert set(samples[0]) == {"policy", "prompt", "response", "reward", "cost"}
-    cost = [line["cost"] for line in samples if line["policy"] == "C-DPO"]
     sft, ours, dpo = results  # and the paper's ordering
-    assert len(cost) == 24 * 100 and np.mean(cost) == pytest.approx(ours["cost_mean"], abs=1e-4)
     assert (sft["lambda"], sft["kl"], dpo["lambda"]) == (None, 0, 0)
     for key in ("reward_mean", "true_reward_mean"):
         assert dpo[key] > ours[key] > sft[key], key
@@ -1419,11 +1325,9 @@ def test_a_run_leaves_what_the_contract_names_and_the_papers_ordering(tiny):
     assert folders == {"sft", "reward_model", "cost_model", "policy", "lambda-0"}
 
 
-NAMES = {"mocan": "MoCAN", "pecan": "PeCAN", "pecaid": "PeCAID", "dpo": "DPO", "sft": "SFT"}
-
-
-@pytest.mark.parametrize("method, name", NAMES.items())
-def test_every_method_runs_and_respects_the_margin(tmp_path, capsys, method, name):
+@pytest.mark.parametrize("name", ["MoCAN", "PeCAN", "PeCAID", "DPO", "SFT"])
+def test_every_method_runs_and_respects_the_margin(tmp_path, capsys, name):
+    method = name.lower()
     row = main(tmp_path / "o", *SHORT, "--method", method, "--margin", "0.02")[name]
     cost = torch.load(tmp_path / "o" / "scores.pt", weights_only=True)[3]
     limit = float(cost.double().mean()) - 0.02
