@@ -118,7 +118,7 @@ class Config:
     all_pairs: bool = True  # DPO on all pairs of a prompt's responses; no: on the dataset's
     cost_limit: float = 0.0  # C_limit: the expected cost may not exceed it
     margin: float | None = None  # the limit is E_ref[cost] − margin: PeCAN's costs have no zero
-    cost_confidence: float = 0.5  # level at which the cost meets the limit; 0.5: its mean
+    cost_confidence: float = 0.5  # level at which an iterate's cost meets the limit; 0.5: mean
     lambda_init: float | None = None  # first λ; default: solves the dual on π_ref
     lambda_step: Literal["solve", "gradient", "fixed"] = "solve"  # how λ moves; (14): gradient
     lambda_lr: float = 0.05  # step size of the gradient step
@@ -650,7 +650,11 @@ def implicit_stage(run, name, labels, rows, prob):
 
 
 def first_lambda(cfg, ref_samples, cost_limit):
-    """λ at the minimum of the dual (9) on samples of π_ref; says what it promises there."""
+    """λ at the minimum of the dual (9) on samples of π_ref; says what it promises there.
+
+    Of the mean, whatever --cost_confidence is: that is for what is measured, of which MoCAN and
+    PeCAN have nothing.
+    """
     lam = cfg.lambda_init
     if lam is None:
         with refusing("no first λ", "raise the limit, lower --beta, or draw more --dual_samples"):
