@@ -1059,6 +1059,7 @@ REFUSED = {  # flags: words of the message
     "--reward_dataset tiny:400 --reward_model COST": "--reward_dataset or --reward_model",
     "--reward_dataset harm.jsonl": "--reward_dataset harm.jsonl, row 1: KeyError: 'better_res",
     "--dataset tiny:many": "--dataset tiny:many: cannot be read",
+    "--dataset broken.jsonl": "--dataset broken.jsonl: cannot be read: JSONDecodeError",
     "--dataset answers.csv": "give a .json, .jsonl or .parquet file",
     "--dataset good.jsonl:train[:20]": "a file or saved folder has no splits",
     "--eval_dataset tiny:400": "too few different prompts",
@@ -1097,6 +1098,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     for name, (rows, _) in BAD_DATA.items():
         written(folder / f"{name}.jsonl", rows)
+    (folder / "broken.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": \n')
     (folder / "answers.csv").write_text("prompt,response_0,response_1\na,b,c\n")
     written(folder / "good.jsonl", many())
     written(folder / "harm.jsonl", many(better_response_id=...)[::-1])
