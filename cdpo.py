@@ -816,7 +816,7 @@ def train(cfg, model, steps, loss_fn):
         groups += [[]] * (-len(groups) % WORLD)
         for group in groups[RANK::WORLD]:
             batch = [step[i] for i in group or [0]]
-            mean = torch.zeros(2)
+            mean = 0.0
             for row, outputs in by_row(model, batch):
                 loss, right = loss_fn(row, outputs)
                 weight = bool(group) * row.weight / total
@@ -1537,7 +1537,7 @@ def read_dataset(source, seed):
     name, _, split = source.partition(":")
     path = Path(name)
     if name == "tiny":
-        return tiny_rows(int(split or 60000), seed)
+        return tiny_rows(int(split or 30000), seed)
     if not path.exists():
         return datasets.load_dataset(name, split=split or "train")
     if split:
@@ -1668,7 +1668,8 @@ def load_run(cfg, tokenizer):
 
     most = cfg.max_steps * cfg.batch_size
     parts = train, dual, table[: cfg.eval_prompts], labelled, held_out
-    sizes = [min(len(part), most) for part in parts]
+    rows = [list(chain(*part))[:most] for part in parts]
+    sizes = [len({row.prompt for row in part}) for part in rows]
     say(
         f"prompts: {sizes[0]} to train on, {sizes[1]} for λ, {sizes[2]} of the table, {sizes[3]} "
         f"and {sizes[4]} for rewards"
@@ -1679,7 +1680,6 @@ def load_run(cfg, tokenizer):
             "--dataset, --reward_dataset, --eval_dataset, --lambda_prompts, --eval_prompts, "
             "--max_steps"
         )
-    rows = [list(chain(*part))[:most] for part in parts]
     return Run(cfg, Path(cfg.output_dir), tokenizer, *rows)
 
 

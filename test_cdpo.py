@@ -1050,7 +1050,7 @@ REFUSED = {  # flags: words of the message
     "--lambdas 1 nan": "--lambdas is nan",
     "--beta 1e-40": "--beta is 1e-40",
     "--seed 99999999999999999999": "--seed is 99999999999999999999",
-    "--lambda_prompts 1": "too few different prompts, [64, 1,",
+    "--lambda_prompts 1": "too few different prompts, [16, 1,",
     "--eval_prompts 1": "too few different prompts",
     "--cost_confidence 1": "--cost_confidence must be below 1",
     "--cost_limit 1 --margin 1": "--cost_limit or --margin",
@@ -1213,13 +1213,16 @@ def test_other_settings_are_refused_with_the_flags_that_reuse_models(quick, tmp_
     assert all(row[key] == old["C-DPO"][key] for key in ("reward_mean", "cost_ci95", "length_mean"))
 
 
-def test_a_finished_run_goes_on_with_what_only_its_table_depends_on(quick, tmp_path):
+def test_a_finished_run_goes_on_with_what_only_its_table_depends_on(quick, tmp_path, capsys):
     folder = shutil.copytree(quick, tmp_path / "run")
     before = {file: text for file, text in contents(folder).items() if file.parent != folder}
     more = "--lambdas 0.4 0 --eval_prompts 20 --eval_samples 6 --tokens_per_batch 500"
     rows = main(folder, *QUICK, *more.split())
     assert list(rows) == ["SFT", "C-DPO", "λ = 0.4", "DPO"] and rows["λ = 0.4"]["lambda"] == 0.4
-    assert len(json_lines(folder / "samples.jsonl")) == 4 * 20 * 6
+    samples = json_lines(folder / "samples.jsonl")
+    prompts = {line["prompt"] for line in samples}  # --max_steps bounds the rows: fewer than 20
+    assert f", {len(prompts)} of the table" in capsys.readouterr().out
+    assert len(samples) == 4 * len(prompts) * 6
     assert contents(folder).items() >= before.items()  # no model was trained again
 
 
