@@ -1666,10 +1666,11 @@ def load_run(cfg, tokenizer):
     if cfg.reward_dataset:  # where rewards are measured none is learned
         held_out, labelled = load_rows(cfg, tokenizer, "reward_dataset", COLUMNS[:4], table + dual)
 
-    most = cfg.max_steps * cfg.batch_size
     parts = train, dual, table[: cfg.eval_prompts], labelled, held_out
-    rows = [list(chain(*part))[:most] for part in parts]
-    sizes = [len({row.prompt for row in part}) for part in rows]
+    rows = [list(chain(*part))[: cfg.max_steps * cfg.batch_size] for part in parts]
+    sizes = []
+    for part in rows:
+        sizes.append(len({row.prompt for row in part}))
     say(
         f"prompts: {sizes[0]} to train on, {sizes[1]} for λ, {sizes[2]} of the table, {sizes[3]} "
         f"and {sizes[4]} for rewards"
