@@ -65,7 +65,6 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import datasets
 import filelock
 import tokenizers
 import torch
@@ -329,7 +328,8 @@ def collate_rows(rows, pad_id=0):
             last.append(before)
         table += [(pad_id, 0, 0, 0)] * (-len(table) % width)  # up to where the next row begins
 
-    ids, places, segment, source = torch.tensor(table).view(-1, width, 4).unbind(-1)  # (B, L) each
+    # By column, which is twice as fast as by token. (B, L) each
+    ids, places, segment, source = torch.tensor(list(zip(*table))).view(4, -1, width)
     answers = segment > 1
     # Causal, and within a segment or to the prompt; padding sees padding: no query without a key
     key = segment[:, None]
@@ -1538,6 +1538,8 @@ def read_dataset(source, seed):
     path = Path(name)
     if name == "tiny":
         return tiny_rows(int(split or 30000), seed)
+    import datasets  # it takes seconds, and the tiny world needs none of it
+
     if not path.exists():
         return datasets.load_dataset(name, split=split or "train")
     if split:
