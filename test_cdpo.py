@@ -1274,9 +1274,8 @@ def enumerated_world(run, prompts):
     return *tables, truth[..., 0], truth[..., 1]
 
 
-def exactness(run, prompts):
-    """How far a run's policy is from the exact constrained optimum for its own scores and π_ref."""
-    ref, policy, reward, cost, *_ = enumerated_world(run, prompts)
+def exactness(run, ref, policy, reward, cost, *_):
+    """How far a policy in an enumerated_world is from the constrained optimum for its scores."""
     beta, limit = run.cfg.beta, run.cfg.cost_limit
     lam = bisected_lambda(reward, cost, beta, limit, log_ref=ref)
     optimum = softmax(ref + (reward - lam * cost) / beta)
@@ -1290,20 +1289,20 @@ def exactness(run, prompts):
 def test_the_first_command_finds_the_exact_constrained_optimum_of_its_world(tiny):
     tokenizer, cfg = cdpo.load_tokenizer(str(tiny / "policy")), cdpo.parse(["--config", TINY])
     run = cdpo.Run(cfg, tiny, tokenizer, *[[]] * 5)
-    prompts = list(dict.fromkeys(line["prompt"] for line in json_lines(tiny / "samples.jsonl")))
-    ref, _, reward, cost, true_reward, true_cost = enumerated_world(run, prompts)
+    prompts = dict.fromkeys(line["prompt"] for line in json_lines(tiny / "samples.jsonl"))
+    ref, _, reward, cost, true_reward, true_cost = world = enumerated_world(run, prompts)
     assert np.exp(ref).sum(1).mean() > 0.93  # a twentieth has four words
     for score, truth in ((reward, true_reward), (cost, true_cost)):  # (3) knows no prompt's offset
         score, truth = (x[:, 72:] - x[:, 72:].mean(1, keepdims=True) for x in (score, truth))
         assert np.corrcoef(score.ravel(), truth.ravel())[0, 1] > 0.95
-    found, row = exactness(run, prompts), results_of(tiny)["C-DPO"]
+    found, row = exactness(run, *world), results_of(tiny)["C-DPO"]
     free, sft = ((softmax(ref + reward * b) * reward).sum(1).mean() for b in (1 / cfg.beta, 0))
     assert row["lambda"] == pytest.approx(found["lambda_star"], abs=0.15)
     assert row["reward_mean"] == pytest.approx(found["best_reward"], abs=0.1 * (free - sft))
     assert found["mass"] > 0.97 and found["kl"] < 0.03  # KL(π ‖ π_λ*), nats
     # and on λ's own prompts, by samples of which the limit was met
     rows = torch.load(tiny / "scores.pt", weights_only=True)[1]
-    found = exactness(run, list(dict.fromkeys(row["prompt"] for row in rows)))
+    found = exactness(run, *enumerated_world(run, dict.fromkeys(row["prompt"] for row in rows)))
     assert abs(found["cost_over_limit"]) < 0.1 and found["kl"] < 0.03
 
 
@@ -1446,5 +1445,5 @@ if __name__ == "__main__":
     cdpo.main(flags)
     run, _ = cdpo.gate(cdpo.parse(flags))
     for name, rows in (("λ's", run.dual_rows), ("the table's", run.table_rows)):
-        found = exactness(run, list(dict.fromkeys(row.prompt for row in rows)))
+        found = exactness(run, *enumerated_world(run, dict.fromkeys(row.prompt for row in rows)))
         print(f"on {name} prompts:", json.dumps(found, ensure_ascii=False))
