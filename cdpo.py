@@ -99,6 +99,7 @@ class Config:
     dataset: str = "PKU-Alignment/PKU-SafeRLHF-30K"  # hub name, file or folder; NAME:SPLIT
     output_dir: str = "cdpo_output"  # all is written here; the same command goes on from it
     seed: int = 0  # seed of every random choice
+    max_steps: int = 1_000_000  # bound a stage, and dpo_steps, to so few
     # Given models: each saves the stage that would train it
     sft_model: str | None = None  # reference policy, instead of training one by SFT
     reward_model: str | None = None  # reward model, instead of training one by (3)
@@ -135,7 +136,6 @@ class Config:
     lora_rank: int = 64  # rank of the adapters (LoRA); 0 trains every weight
     learning_rate: float = 1e-5  # of DPO, at its highest; with --lora_rank 0 rather 1e-6
     sft_learning_rate: float = 1e-4  # of SFT, reward and cost; with --lora_rank 0 rather 1e-5
-    max_steps: int = 1_000_000  # bound a stage, and dpo_steps, to so few
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if GPU else "float32"  # of compute
     gradient_checkpointing: bool = GPU  # recompute activations in backward, to save memory
     eval_prompts: int = 2000  # prompts of the final table, a fifth of the dataset's at most
@@ -191,8 +191,8 @@ def dpo_loss(policy_logps, ref_logps, prob, beta):
     logps (B, 2), prob (B,) = P(y0 ≻ y1) → scalar mean, nats. With prob in {0, 1} it is DPO's own
     loss (Rafailov et al., arXiv 2305.18290).
     """
-    log_ratio = policy_logps - ref_logps
-    h = beta * (log_ratio[:, 0] - log_ratio[:, 1])
+    log_ratio_0, log_ratio_1 = (policy_logps - ref_logps).T
+    h = beta * (log_ratio_0 - log_ratio_1)
     log_sigmoid = torch.nn.functional.logsigmoid
     losses = -(prob * log_sigmoid(h) + (1 - prob) * log_sigmoid(-h))
     return losses.sum() / max(1, len(losses))
@@ -237,11 +237,12 @@ def solve_dual(reward, cost, beta, cost_limit, lam_max=100.0, log_ratio=None):
 
     if expected_cost(0.0) <= cost_limit:
         return 0.0
-    last, lowest = expected_cost(lam_max), cost.amin(dim=1).mean()
+    last = expected_cost(lam_max)
     if last > cost_limit:
         raise ValueError(
             f"solve_dual: no lambda up to {lam_max:g} meets the limit {cost_limit:.6g}: cost "
-            f"{last:.6g} there, the lowest cost that the samples can reach is {lowest:.6g}"
+            f"{last:.6g} there, the lowest cost that the samples can reach is "
+            f"{cost.amin(dim=1).mean():.6g}"
         )
 
     low, high = 0.0, float(lam_max)
@@ -880,10 +881,9 @@ def score_model_stage(run, name, labels, rows, held_out, loss_fn):
         right = []
         for row, values in per_row(values_of(run, name, held_out), held_out):
             right += loss_fn(row, values)[1]
-        accuracy = sum(right) / len(right)
         say(
-            f"{name}: held-out accuracy of ranking {accuracy:.1%}, {len(right)} pairs (a {name} "
-            "that is well below 50% scores the wrong way round)"
+            f"{name}: held-out accuracy of ranking {sum(right) / len(right):.1%}, {len(right)} "
+            f"pairs (a {name} that is well below 50% scores the wrong way round)"
         )
 
 
@@ -986,7 +986,10 @@ def sample(model, tokenizer, prompts, count, max_new_tokens):
     """`count` responses from π itself to each of prompts' ids, whatever its checkpoint asks for."""
     end = tokenizer.eos_token_id
     inputs = tokenizer.pad(  # masked by length
-        {"input_ids": prompts}, padding_side="left", return_tensors="pt"
+        {"input_ids": prompts},
+        padding_side="left",
+        return_attention_mask=True,
+        return_tensors="pt",
     ).to(DEVICE)
     # Of generate() all else is off by default, and what is unset it takes from the model's own
     model.generation_config = transformers.GenerationConfig(
@@ -1281,8 +1284,8 @@ def load_tokenizer(source, tiny=False):
         tokenizer = tiny_tokenizer() if tiny else transformers.ByT5Tokenizer()
     else:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise ValueError("it has no end-of-sequence token")
+    if tokenizer.tokenize(str(tokenizer.eos_token)) != [tokenizer.eos_token]:
+        raise ValueError("it has no end-of-sequence token, or does not read it as one")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not tokenizer.chat_template:
         begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -1496,7 +1499,7 @@ def gate(cfg):
         source = getattr(cfg, flag)
         if source:
             with refusing(f"--{flag} {source}: unfit", "use one such as Llama, Qwen2 or GPT-2"):
-                rows = run.train_rows + run.dual_rows + run.table_rows
+                rows = run.train_rows + run.dual_rows + run.table_rows + run.reward_rows
                 digests[flag] = check_model(cfg, flag, source, tokenizer, rows)
     return run, digests
 
@@ -1687,7 +1690,7 @@ def load_run(cfg, tokenizer):
 
 
 def check_model(cfg, kind, source, tokenizer, rows):
-    """Try a given model as the run will use it, on a CPU. → digest of its weights and words.
+    """Try a given model as the run will use it, on a CPU. → digest of its weights, config, words.
 
     ValueError, or what transformers raises, for one that the run would get wrong.
     """
@@ -1699,7 +1702,7 @@ def check_model(cfg, kind, source, tokenizer, rows):
     if getattr(model.config, "score_type", kind) not in kind:
         raise ValueError("its config calls it another score_type: are the two exchanged?")
 
-    parts = [sorted(vocabulary.items()), tokenizer.chat_template]
+    parts = [sorted(vocabulary.items()), tokenizer.chat_template, model.config]
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"its weight {name} is not finite: the checkpoint is broken")
@@ -1710,7 +1713,8 @@ def check_model(cfg, kind, source, tokenizer, rows):
     head, answer = max(lengths, key=sum)  # of the longest text, which may be a sample
     size, positions = model.get_input_embeddings().num_embeddings, positions_of(model)
     largest = max(vocabulary.values())
-    if largest >= size or head + answer >= positions:  # an end comes behind what is cut off
+    # Behind what is cut off comes an end, and half a character may be read as three tokens
+    if largest >= size or head + answer + 2 >= positions:
         raise ValueError(
             f"it has {size} tokens and {positions} positions, but its tokenizer has token {largest}"
             f", and texts are of {head + answer}: lower --max_length and --max_new_tokens"

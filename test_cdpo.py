@@ -3,7 +3,6 @@
 Expected values never come from cdpo.py itself but from a hand calculation, float64 numpy, numerical
 differentiation, or the enumeration of a world that is small enough to list.
 
-    python -m pytest -q test_cdpo.py
     python test_cdpo.py --beta 0.1 --seed 3     # one run in the tiny world, measured by enumeration
 """
 
@@ -741,7 +740,7 @@ def test_samples_are_from_the_policy_whatever_the_checkpoints_generation_config_
     model.save_pretrained(tmp_path)
     model = cdpo.load_model(str(tmp_path), "sft").float()  # as the program loads it
     tokenizer, prompts, n = cdpo.load_tokenizer("{}"), [[5, 6, 7], [9]], 8000
-    end = tokenizer.eos_token_id
+    end, tokenizer.model_input_names = tokenizer.eos_token_id, ["input_ids"]  # no mask, by default
     torch.manual_seed(0)
     answers = cdpo.sample(model, tokenizer, prompts, n, 2)
     for prompt, drawn in zip(prompts, answers, strict=True):
@@ -1046,19 +1045,18 @@ REFUSED = {  # flags: words of the message
     "--lamda 1": "unrecognized arguments: --lamda",
     "--config UNKNOWN.json": "--lamda",
     "--sft_model=": "--sft_model is empty",
-    "--iterations 0": "--iterations is 0; it must be from 1",
+    "--max_steps -1": "--max_steps is -1; it must be from 1",
     "--lambdas 1 nan": "--lambdas is nan",
     "--beta 1e-40": "--beta is 1e-40",
     "--seed 99999999999999999999": "--seed is 99999999999999999999",
     "--lambda_prompts 1": "too few different prompts, [16, 1,",
-    "--eval_prompts 1": "too few different prompts",
     "--cost_confidence 1": "--cost_confidence must be below 1",
     "--cost_limit 1 --margin 1": "--cost_limit or --margin",
     "--method pecan": "pecan needs --margin",
     "--method pecan --margin 1 --reward_model COST": "and takes neither --reward_model nor",
     "--reward_dataset tiny:400 --reward_model COST": "--reward_dataset or --reward_model",
+    "--reward_dataset far.jsonl --max_length 160": "64 positions",
     "--reward_dataset harm.jsonl": "--reward_dataset harm.jsonl, row 1: KeyError: 'better_res",
-    "--dataset tiny:many": "--dataset tiny:many: cannot be read",
     "--dataset broken.jsonl": "--dataset broken.jsonl: cannot be read: JSONDecodeError",
     "--dataset answers.csv": "give a .json, .jsonl or .parquet file",
     "--dataset good.jsonl:train[:20]": "a file or saved folder has no splits",
@@ -1073,6 +1071,7 @@ REFUSED = {  # flags: words of the message
     "--sft_model IMAGES": "it reads more than text",
     "--sft_model DROPS": "its chat template drops 'test knife' or",
     "--sft_model RAISES": "no system message",
+    "--sft_model SPLIT": "has no end-of-sequence token, or does not read it",
     "--sft_model TWICE": "or begins twice: '<unk><unk>",
     f"--sft_model WINDOW {LONG}": "output head",
     f"--sft_model DEEP {LONG}": "output head",
@@ -1094,13 +1093,14 @@ def given(folder, kind="llama", tokenizer=None, make=tiny_model, **settings):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """What the refusals name: datasets, settings, policies, score models."""
     folder = tmp_path_factory.mktemp("files")
     for name, (rows, _) in BAD_DATA.items():
         written(folder / f"{name}.jsonl", rows)
     (folder / "broken.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": \n')
     (folder / "answers.csv").write_text("prompt,response_0,response_1\na,b,c\n")
     written(folder / "good.jsonl", many())
+    far = [row | {"response_0": "read " * 80} for row in cdpo.tiny_rows(400, 1)]
+    written(folder / "far.jsonl", far)
     written(folder / "harm.jsonl", many(better_response_id=...)[::-1])
     (folder / "UNKNOWN.json").write_text('{"lamda": 1}')
 
@@ -1125,6 +1125,7 @@ def files(tmp_path_factory):
     deep = {"layer_types": ["full_attention"] * 2 + ["sliding_attention"], "num_hidden_layers": 3}
     deep |= {"use_sliding_window": True, "sliding_window": 96, "vocab_size": 280}
     given(folder / "DEEP", "qwen2", chat_tokenizer(), **deep)
+    given(folder / "SPLIT", "llama", chat_tokenizer(split_special_tokens=True), vocab_size=280)
     given(folder / "GRANITE", "granite", logits_scaling=4.0)
     given(folder / "TWENTY_TOKENS", vocab_size=20)
     given(folder / "GPT2", "gpt2", dtype="bfloat16")
@@ -1138,7 +1139,6 @@ def files(tmp_path_factory):
 
 
 def refusal_of(capsys, folder, *flags):
-    """The one line on standard error with which the program refuses."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as refusal:
         main(folder, *flags)
@@ -1232,12 +1232,14 @@ def test_other_data_or_another_model_under_the_same_name_is_refused(quick, tmp_p
     flags += ["--dataset", written(tmp_path / "d.jsonl", data)]
     first = main(tmp_path / "o", *flags)
     flipped = [{**row, "better_response_id": 1 - row["better_response_id"]} for row in data]
-    tensors = load_file(sft / "model.safetensors")
+    tensors, config = load_file(sft / "model.safetensors"), (sft / "config.json").read_text()
     other = {name: tensor + 1e-3 * (name == "lm_head.weight") for name, tensor in tensors.items()}
-    for rows, weights in ((flipped, tensors), (data, other), (data, tensors)):
-        written(tmp_path / "d.jsonl", rows)
-        save_file(weights, sft / "model.safetensors", {"format": "pt"})
-        if rows is flipped or weights is other:
+    was, theta = (data, tensors, config), config.replace("10000.0", "20000.0")
+    for now in ((flipped, tensors, config), (data, other, config), (data, tensors, theta), was):
+        written(tmp_path / "d.jsonl", now[0])
+        save_file(now[1], sft / "model.safetensors", {"format": "pt"})
+        (sft / "config.json").write_text(now[2])
+        if now is not was:
             assert "digests was" in refusal_of(capsys, tmp_path / "o", *flags)
     assert main(tmp_path / "o", *flags) == first  # as it was
 
@@ -1321,10 +1323,9 @@ def test_a_run_leaves_what_the_contract_names_and_the_papers_ordering(tiny):
     assert metrics[0]["first_loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy is reference
     sft, ours, dpo = results  # and the paper's ordering
     assert (sft["lambda"], sft["kl"], dpo["lambda"]) == (None, 0, 0)
-    for key in ("reward_mean", "true_reward_mean"):
-        assert dpo[key] > ours[key] > sft[key], key
-    for key in ("cost_mean", "true_cost_mean"):
-        assert dpo[key] > sft[key] > ours[key], key
+    for reward, cost in (("reward_mean", "cost_mean"), ("true_reward_mean", "true_cost_mean")):
+        assert dpo[reward] > ours[reward] > sft[reward], reward
+        assert dpo[cost] > sft[cost] > ours[cost], cost
     folders = {file.name for file in tiny.iterdir() if file.is_dir()}
     assert folders == {"sft", "reward_model", "cost_model", "policy", "lambda-0"}
 
