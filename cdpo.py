@@ -985,7 +985,7 @@ def as_read_by(tokenizer, rows, most=1_000_000_000):
 def sample(model, tokenizer, prompts, count, max_new_tokens):
     """`count` responses from π itself to each of prompts' ids, whatever its checkpoint asks for."""
     end = tokenizer.eos_token_id
-    inputs = tokenizer.pad(  # masked by length
+    inputs = tokenizer.pad(  # with its mask, which some tokenizers leave out
         {"input_ids": prompts},
         padding_side="left",
         return_attention_mask=True,
